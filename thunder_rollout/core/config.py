@@ -1,0 +1,85 @@
+"""Settings of the scheduler and its policies, validated where they are built.
+
+Field names are those of DESIGN.md; the paper's symbol is given where there is one
+(ThunderAgent, arXiv 2602.13692).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from thunder_rollout.errors import ConfigError
+
+POLICIES = ("thunder", "sticky", "round_robin", "cache_aware", "capped")
+
+
+def _require(ok: bool, name: str, value: object, rule: str) -> None:
+    if not ok:
+        raise ConfigError(f"scheduler.{name}={value!r}: must be {rule}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThunderConfig:
+    """The paper's policy (its section 4); defaults are the paper's."""
+
+    high_watermark: float = 1.0  # lambda_max: a backend thrashes above this share of capacity
+    low_watermark: float = 1.0  # lambda_min: restore only while demand is below this share
+    decay_base: float = 2.0  # x in f(t) = x^-t
+    decay_unit_s: float = 1.0  # the unit of t, which the paper leaves open
+    decay_when_pausing: bool = False  # eq. 7 as printed: True; the published code: False
+    headroom_tokens: int = 100  # reserved for every bound program
+
+    def __post_init__(self) -> None:
+        high, low = self.high_watermark, self.low_watermark
+        _require(0 < high <= 2, "thunder.high_watermark", high, "in (0, 2]")
+        _require(0 < low <= high, "thunder.low_watermark", low, "in (0, high_watermark]")
+        _require(self.decay_base >= 1, "thunder.decay_base", self.decay_base, ">= 1")
+        _require(self.decay_unit_s > 0, "thunder.decay_unit_s", self.decay_unit_s, "> 0")
+        _require(self.headroom_tokens >= 0, "thunder.headroom_tokens", self.headroom_tokens, ">= 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CappedConfig:
+    """`sticky` under a static limit on active programs, over all backends."""
+
+    max_programs: int = 64
+
+    def __post_init__(self) -> None:
+        _require(self.max_programs >= 1, "capped.max_programs", self.max_programs, ">= 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheAwareConfig:
+    """Longest prefix match unless load is unbalanced; defaults are SGLang router's."""
+
+    cache_threshold: float = 0.5  # a match shorter than this share of the prompt doesn't count
+    balance_abs_threshold: int = 32  # in-flight turns between the busiest and the idlest backend
+    balance_rel_threshold: float = 1.0001
+    max_tree_tokens: int = 2**24  # per backend; the oldest prefixes are forgotten beyond it
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.cache_threshold <= 1, "cache_aware.cache_threshold", self.cache_threshold, "in [0, 1]")
+        _require(
+            self.balance_abs_threshold >= 0, "cache_aware.balance_abs_threshold", self.balance_abs_threshold, ">= 0"
+        )
+        _require(
+            self.balance_rel_threshold >= 1, "cache_aware.balance_rel_threshold", self.balance_rel_threshold, ">= 1"
+        )
+        _require(self.max_tree_tokens > 0, "cache_aware.max_tree_tokens", self.max_tree_tokens, "> 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    policy: str = "thunder"
+    tick_s: float = 5.0  # dt
+    max_wait_s: float = 600.0  # after this in the queue nobody younger goes ahead
+    prepare_ahead: int = 4  # waiting programs, in restore order, whose sandbox is prepared
+    thunder: ThunderConfig = field(default_factory=ThunderConfig)
+    capped: CappedConfig = field(default_factory=CappedConfig)
+    cache_aware: CacheAwareConfig = field(default_factory=CacheAwareConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.policy in POLICIES, "policy", self.policy, f"one of {', '.join(POLICIES)}")
+        _require(self.tick_s > 0, "tick_s", self.tick_s, "> 0")
+        _require(self.max_wait_s > 0, "max_wait_s", self.max_wait_s, "> 0")
+        _require(self.prepare_ahead >= 0, "prepare_ahead", self.prepare_ahead, ">= 0")

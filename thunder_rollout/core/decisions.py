@@ -1,0 +1,60 @@
+"""What the scheduler tells the shells to do; every result comes back as an event."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restore:
+    """Bind `program` to `backend`.
+
+    With `request` and `grant` it also admits that turn: the caller may generate now. Without
+    them the program (still acting) only gets its place; its next turn is admitted on request.
+    """
+
+    program: str
+    backend: str
+    generation: int
+    request: str | None = None
+    grant: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pause:
+    """Unbind `program` from `backend`; its KV there counts as given up."""
+
+    program: str
+    backend: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrepareSandbox:
+    """Have the program's sandbox ready at time `by_s` (the clock of `handle`'s `now`)."""
+
+    program: str
+    by_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleaseSandbox:
+    program: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expire:
+    """The program's lease ran out; it is terminated and whoever still runs it must stop."""
+
+    program: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reject:
+    """`request` can never be admitted; `why` says what is wrong and how to mend it."""
+
+    program: str
+    request: str
+    why: str
+
+
+Decision = Restore | Pause | PrepareSandbox | ReleaseSandbox | Expire | Reject

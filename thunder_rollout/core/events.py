@@ -1,0 +1,162 @@
+"""What the shells tell the scheduler.
+
+Every event is frozen; required fields are those every shell can feed, optional ones (those
+with a default) only make decisions better. `grant` is the number the scheduler gave with the
+`Restore` that admitted the turn; a grant that is no longer current is stale and refused.
+Tokens are counts, times are seconds, block hashes are opaque ints (equal hash = equal prefix).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"  # the turn was cut; not the start of a tool
+    ERROR = "error"  # the engine failed the turn; not the start of a tool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnRequested:
+    """A program asks for one model call. `request` is unique among its open requests."""
+
+    program: str
+    request: str
+    prompt_tokens: int
+    block_hashes: tuple[int, ...] | None = None
+    group: str | None = None
+    task_kind: str | None = None
+    expected_output_tokens: int | None = None
+    priority: int = 0
+    sandbox: bool = False  # the program acts in a sandbox that can be prepared ahead
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnStarted:
+    program: str
+    grant: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnProgress:
+    """`output_tokens` is the count produced so far in this turn, not a difference."""
+
+    program: str
+    grant: int
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnEnded:
+    program: str
+    grant: int
+    output_tokens: int | None = None
+    cached_tokens: int | None = None
+    finish_reason: FinishReason = FinishReason.STOP
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolStarted:
+    program: str
+    tool: str | None = None
+    expected_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolEnded:
+    program: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgramEnded:
+    program: str
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Withdrawn:
+    """The caller no longer waits: for one request, or (request None) for the whole program."""
+
+    program: str
+    request: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendUp:
+    """A KV pool can be used. A higher `generation` means its cache started empty."""
+
+    backend: str
+    generation: int
+    capacity_tokens: int
+    max_running: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendDown:
+    backend: str
+    generation: int
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendStats:
+    """What the engine itself reports; `stored` and `removed` are block hashes."""
+
+    backend: str
+    generation: int
+    used_tokens: int | None = None
+    running: int | None = None
+    waiting: int | None = None
+    stored: tuple[int, ...] = ()
+    removed: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsUpdating:
+    backends: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsUpdated:
+    backends: tuple[str, ...]
+    version: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SandboxReady:
+    program: str
+    took_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SandboxFailed:
+    program: str
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tick:
+    pass
+
+
+Event = (
+    TurnRequested
+    | TurnStarted
+    | TurnProgress
+    | TurnEnded
+    | ToolStarted
+    | ToolEnded
+    | ProgramEnded
+    | Withdrawn
+    | BackendUp
+    | BackendDown
+    | BackendStats
+    | WeightsUpdating
+    | WeightsUpdated
+    | SandboxReady
+    | SandboxFailed
+    | Tick
+)

@@ -1,0 +1,63 @@
+"""Every error this project raises on purpose.
+
+Contract: each carries what was wrong and how to mend it, survives pickling (Ray sends
+errors between processes) and belongs to one of two families. A `UserError` is something the
+user mends (exit code 2, no traceback). An `InfrastructureFailure` is the machinery's: it is
+retried, then reported under its `kind`, and never becomes a reward of 0.
+"""
+
+from __future__ import annotations
+
+
+class ThunderError(Exception):
+    """Base of all errors raised on purpose; `str(error)` is meant for people."""
+
+
+class UserError(ThunderError):
+    """Something the user can mend; the message names the field and the remedy."""
+
+
+class ConfigError(UserError):
+    """A configuration value is missing, misspelt or impossible."""
+
+
+class TaskError(UserError):
+    """A task row or task file can't be used."""
+
+
+class RequestError(UserError):
+    """One request can't be served by this engine; the engine is unharmed."""
+
+
+class BadEvent(ThunderError):
+    """The scheduler refuses an event; its state is unchanged."""
+
+
+class InvalidTransition(ThunderError):
+    """A program was asked to change in a way its status forbids; carries its history."""
+
+
+class Rejected(ThunderError):
+    """The scheduler can never admit this request (it fits no backend)."""
+
+
+class InfrastructureFailure(ThunderError):
+    """The machinery failed, not the agent. `kind` is the key under `failures` in summary.json."""
+
+    kind = "infrastructure"
+
+
+class EngineDied(InfrastructureFailure):
+    kind = "engine_died"
+
+
+class SandboxFailed(InfrastructureFailure):
+    """A sandbox could not start, or died under its program."""
+
+    kind = "sandbox_failed"
+
+
+class GradingFailed(InfrastructureFailure):
+    """The grader could not reach a verdict (it died or ran out of time)."""
+
+    kind = "grading_failed"

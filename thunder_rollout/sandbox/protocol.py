@@ -1,0 +1,72 @@
+"""The sandbox seam: a place where an agent's commands run, apart from the host.
+
+`DockerSandbox` and `LocalSandbox` honour it (the same contract tests run on both).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SandboxLimits:
+    memory_bytes: int = 2 * 1024**3
+    cpus: float = 1.0
+    pids: int = 256
+    disk_bytes: int = 1024**3
+    output_bytes: int = 16_384  # an observation beyond it is cut in its middle
+    ttl_s: float = 3600.0  # the sandbox ends by itself after this
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SandboxSpec:
+    """What to start.
+
+    `image` names a Docker image (ignored by `local`, which shows the host's own programs read
+    only). `files` maps absolute paths to contents put in place first; then `setup`, one shell
+    command, runs once as root in `/`. `workdir` is where commands run; it must exist after setup.
+    `labels` mark everything the sandbox owns (run, program, task).
+    """
+
+    image: str
+    workdir: str = "/testbed"
+    files: dict[str, bytes] = field(default_factory=dict)
+    setup: str = ""
+    setup_timeout_s: float = 120.0
+    env: dict[str, str] = field(default_factory=dict)
+    limits: SandboxLimits = field(default_factory=SandboxLimits)
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecResult:
+    """`output` is stdout and stderr as one, undecodable bytes replaced, cut in its middle beyond
+    `limits.output_bytes`. A command that timed out has been killed with its children and has
+    exit code 124."""
+
+    exit_code: int
+    output: str
+    timed_out: bool
+    took_s: float
+
+
+class Sandbox(Protocol):
+    async def start(self) -> None:
+        """Ready to exec when it returns. Raises `SandboxFailed`."""
+
+    async def exec(self, command: str, *, timeout_s: float) -> ExecResult:
+        """Run `command` with bash in the workdir. Each call is a new shell. Whatever the command
+        does is an observation; raises `SandboxFailed` only if the sandbox itself is gone."""
+
+    async def read_file(self, path: str) -> bytes:
+        """Raises `FileNotFoundError`; `SandboxFailed` if the sandbox is gone."""
+
+    async def write_file(self, path: str, content: bytes) -> None: ...
+
+    async def diff(self, base_commit: str) -> bytes:
+        """The workdir's changes since `base_commit` as a binary git patch, untracked files
+        included; b"" if nothing changed."""
+
+    async def stop(self) -> None:
+        """Remove everything the sandbox owns. Idempotent, bounded in time, shielded."""
