@@ -1,0 +1,133 @@
+"""The turn loop: reason, act, observe, until submitted or out of budget.
+
+It sees Protocols alone (a model client, a sandbox) and tokens alone (see `chat`). Whatever the
+agent does wrong becomes an observation; what the machinery does wrong is raised to the caller,
+which retries the episode.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from thunder_rollout.agent.actions import Malformed, format_observation, parse_action
+from thunder_rollout.agent.chat import ChatFormat
+from thunder_rollout.agent.config import AgentConfig
+from thunder_rollout.agent.trajectory import EndReason, Trajectory, TurnRecord
+from thunder_rollout.engine.protocol import Generation, Sampling
+from thunder_rollout.sandbox.protocol import Sandbox
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnResult:
+    """A generation, where it ran and how long it waited for the scheduler."""
+
+    generation: Generation
+    backend: str
+    queue_s: float
+    engine_s: float
+
+
+class ModelClient(Protocol):
+    """One program's way to the engines, under whichever scheduler."""
+
+    async def turn(self, prompt_ids: list[int], sampling: Sampling) -> TurnResult: ...
+
+    async def tool_started(self, tool: str) -> None: ...
+
+    async def tool_ended(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentLoop:
+    """Runs one episode.
+
+    `max_model_len` is the engine's; `sampling.max_tokens` is set turn by turn from the limits.
+    `on_turn` hears of every finished turn (progress, metrics).
+    """
+
+    chat: ChatFormat
+    config: AgentConfig
+    sampling: Sampling
+    max_model_len: int
+    clock: Callable[[], float] = time.monotonic
+    on_turn: Callable[[TurnRecord], None] = lambda record: None
+
+    async def run(self, prompt: str, model: ModelClient, sandbox: Sandbox) -> Trajectory:
+        """Play one episode on `prompt`; raises only `InfrastructureFailure` and our own bugs."""
+        trajectory = Trajectory(prompt_ids=self.chat.initial_ids(self.config.system_prompt, prompt))
+        started, queued_s = self.clock(), 0.0
+        while len(trajectory.turns) < self.config.max_turns:
+            budget = self._turn_budget(trajectory)
+            if budget < 1:
+                return self._end(trajectory, EndReason.MAX_TOKENS)
+            if self.clock() - started - queued_s > self.config.max_episode_s:
+                return self._end(trajectory, EndReason.MAX_TIME)
+            result = await model.turn(trajectory.context_ids, replace(self.sampling, max_tokens=budget))
+            queued_s += result.queue_s
+            if await self._act(trajectory, result, model, sandbox):
+                return self._end(trajectory, EndReason.SUBMITTED)
+        return self._end(trajectory, EndReason.MAX_TURNS)
+
+    async def _act(self, trajectory: Trajectory, result: TurnResult, model: ModelClient, sandbox: Sandbox) -> bool:
+        """Carry out one generation; True when the agent submitted."""
+        generation = result.generation
+        record = _turn_record(trajectory, result)
+        trajectory.add_generated(generation.token_ids, generation.logprobs)
+        action = parse_action(self.chat.decode(generation.token_ids))
+        if isinstance(action, Malformed):
+            observation = action.observation
+        elif action.submit:
+            self._finish_turn(trajectory, replace(record, command=action.command))
+            return True
+        else:
+            tool_started = self.clock()
+            await model.tool_started("bash")
+            executed = await sandbox.exec(action.command, timeout_s=self.config.exec_timeout_s)
+            await model.tool_ended()
+            observation = format_observation(executed)
+            record = replace(
+                record,
+                tool_s=self.clock() - tool_started,
+                command=action.command,
+                exit_code=executed.exit_code,
+            )
+        self._finish_turn(trajectory, record)
+        ended = bool(generation.token_ids) and generation.token_ids[-1] == self.chat.end_id
+        trajectory.add_context(self.chat.observation_ids(observation, ended=ended))
+        return False
+
+    def _turn_budget(self, trajectory: Trajectory) -> int:
+        limit = min(self.config.max_context_tokens, self.max_model_len)
+        return min(self.config.max_turn_tokens, limit - trajectory.num_tokens)
+
+    def _finish_turn(self, trajectory: Trajectory, record: TurnRecord) -> None:
+        trajectory.turns.append(record)
+        self.on_turn(record)
+
+    def _end(self, trajectory: Trajectory, reason: EndReason) -> Trajectory:
+        """Close the record; what follows the last generated id was never seen by a turn."""
+        while trajectory.loss_mask and not trajectory.loss_mask[-1]:
+            for column in (trajectory.response_ids, trajectory.loss_mask, trajectory.logprobs):
+                column.pop()
+        trajectory.end_reason = reason
+        return trajectory
+
+
+def _turn_record(trajectory: Trajectory, result: TurnResult) -> TurnRecord:
+    generation = result.generation
+    return TurnRecord(
+        start=len(trajectory.response_ids),
+        prompt_tokens=generation.prompt_tokens,
+        cached_tokens=generation.cached_tokens,
+        output_tokens=len(generation.token_ids),
+        finish_reason=generation.finish_reason,
+        backend=result.backend,
+        weight_version=generation.weight_version,
+        queue_s=result.queue_s,
+        engine_s=result.engine_s,
+        prefill_s=generation.prefill_s,
+        decode_s=generation.decode_s,
+    )
