@@ -83,3 +83,8 @@ class SchedulerConfig:
         _require(self.tick_s > 0, "tick_s", self.tick_s, "> 0")
         _require(self.max_wait_s > 0, "max_wait_s", self.max_wait_s, "> 0")
         _require(self.prepare_ahead >= 0, "prepare_ahead", self.prepare_ahead, ">= 0")
+
+    @property
+    def uses_block_hashes(self) -> bool:
+        """Whether the policy looks at `TurnRequested.block_hashes`; otherwise clients save the work."""
+        return self.policy == "cache_aware"

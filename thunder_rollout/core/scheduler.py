@@ -1,0 +1,396 @@
+"""The program scheduler: events in, decisions out, nothing else.
+
+Contract:
+- `handle` is a pure function of the events so far: no clock, no I/O, no randomness. A bad event
+  raises `BadEvent` and leaves the state as it was.
+- A request ends in exactly one of Restore (with its grant), Reject, or its caller leaving
+  (Withdrawn, ProgramEnded). A grant is a number used once; it is current until its turn ends, its
+  backend dies (the caller then asks again) or its caller leaves. A late message about a grant that
+  was taken back is ignored, one about an unknown grant is refused.
+- An active program's request is admitted at once on its own backend, unless that one updates its
+  weights or can't hold the prompt. `max_running` is a hint and blocks nothing.
+- It always moves, whatever the policy: after any event, a backend with no turn in flight admits
+  the first program of the queue that it can hold; what no backend can hold is rejected.
+- PrepareSandbox is issued at the latest with a program's first Restore; where it was issued,
+  ReleaseSandbox follows exactly once, at the program's end.
+
+Restore for a program bound elsewhere moves it (request-level routers do). Policies choose, see
+`policies.base`; this module owns the order of things within one event: the event itself, then the
+policy's restores, its releases, the liveness rule, sandboxes ahead of need.
+"""
+
+from __future__ import annotations
+
+from itertools import islice, takewhile
+
+from thunder_rollout.core.backend import Backend
+from thunder_rollout.core.config import SchedulerConfig
+from thunder_rollout.core.decisions import Decision, Pause, PrepareSandbox, Reject, ReleaseSandbox, Restore
+from thunder_rollout.core.events import (
+    BackendDown,
+    BackendStats,
+    BackendUp,
+    Event,
+    ProgramEnded,
+    SandboxFailed,
+    SandboxReady,
+    Tick,
+    ToolEnded,
+    ToolStarted,
+    TurnEnded,
+    TurnProgress,
+    TurnRequested,
+    TurnStarted,
+    WeightsUpdated,
+    WeightsUpdating,
+    Withdrawn,
+)
+from thunder_rollout.core.policies import make_policy
+from thunder_rollout.core.policies.base import Policy
+from thunder_rollout.core.program import Program, SandboxNeed
+from thunder_rollout.core.snapshot import SchedulerSnapshot
+from thunder_rollout.core.state import State
+from thunder_rollout.errors import BadEvent
+
+
+class Scheduler:
+    """See the module. One per rollout; feed it from one place, in the order things happened."""
+
+    def __init__(self, config: SchedulerConfig, policy: Policy | None = None) -> None:
+        """`policy` replaces the one that `config.policy` names (for tests and experiments)."""
+        self._config = config
+        self._policy = policy if policy is not None else make_policy(config)
+        self._state = State(self._policy.queue_key, max_wait_s=config.max_wait_s)
+        self._now = float("-inf")
+        self._decisions: list[Decision] = []
+
+    def handle(self, event: Event, now: float) -> list[Decision]:
+        """What to do about `event`, at `now` seconds on the caller's monotonic clock.
+
+        Raises `BadEvent` (state unchanged) for what can't be: time that runs backwards, counts
+        below zero, an unknown program, grant or backend where one must be known.
+        """
+        if not now >= self._now:
+            raise BadEvent(f"now={now!r}: earlier than the event before ({self._now!r}); use one monotonic clock")
+        self._decisions = []
+        self._apply(event, now)
+        self._now = now
+        self._policy.observe(event, now)
+        self._follow_policy(now, tick=isinstance(event, Tick))
+        self._keep_moving(now)
+        self._prepare_ahead(now)
+        return self._decisions
+
+    def snapshot(self) -> SchedulerSnapshot:
+        return self._state.snapshot()
+
+    def waiting_order(self) -> list[str]:
+        """The programs of the queue in restore order, as of the last event."""
+        return [program.program_id for program in self._state.waiting(self._now)]
+
+    def _apply(self, event: Event, now: float) -> None:
+        match event:
+            case TurnRequested():
+                self._on_turn_requested(event, now)
+            case TurnStarted() | TurnProgress():
+                self._on_turn_progress(event)
+            case TurnEnded():
+                self._on_turn_ended(event, now)
+            case ToolStarted():
+                self._known(event).start_tool(event.tool)
+            case ToolEnded():
+                self._known(event).end_tool()
+            case ProgramEnded():
+                self._forget(self._known(event))
+            case Withdrawn():
+                self._on_withdrawn(event)
+            case BackendUp():
+                self._on_backend_up(event, now)
+            case BackendDown():
+                self._on_backend_down(event)
+            case BackendStats():
+                self._on_backend_stats(event)
+            case WeightsUpdating() | WeightsUpdated():
+                self._on_weights(event, now)
+            case SandboxFailed():
+                self._on_sandbox_failed(event)
+            case Tick() | SandboxReady():
+                pass
+            case _:
+                raise BadEvent(f"{type(event).__name__}: not an event of core.events")
+
+    # Turns
+
+    def _on_turn_requested(self, event: TurnRequested, now: float) -> None:
+        if event.prompt_tokens < 1:
+            raise BadEvent(f"TurnRequested.prompt_tokens={event.prompt_tokens!r}: must be >= 1")
+        program = self._state.programs.get(event.program)
+        if program is not None and program.is_open(event.request):
+            raise BadEvent(
+                f"TurnRequested.request={event.request!r}: already open for program={event.program}; "
+                "give each request a name of its own"
+            )
+        if self._fits_nowhere(event):
+            self._reject(event)
+            return
+        if program is None:
+            program = Program(event.program, group=event.group, task_kind=event.task_kind)
+            self._state.add_program(program)
+        self._state.request(program, event, now)
+        self._place(program, event, now)
+
+    def _on_turn_progress(self, event: TurnStarted | TurnProgress) -> None:
+        if isinstance(event, TurnProgress) and event.output_tokens < 0:
+            raise BadEvent(f"TurnProgress.output_tokens={event.output_tokens!r}: must be >= 0")
+        program = self._holder(event)
+        if program is None:
+            return
+        if isinstance(event, TurnProgress):
+            self._state.progress(program, event.grant, event.output_tokens)
+        else:
+            program.start_turn(event.grant)
+
+    def _on_turn_ended(self, event: TurnEnded, now: float) -> None:
+        for name in ("output_tokens", "cached_tokens"):
+            value = getattr(event, name)
+            if value is not None and value < 0:
+                raise BadEvent(f"TurnEnded.{name}={value!r}: must be >= 0 or None")
+        program = self._holder(event)
+        if program is not None:
+            self._state.end_turn(program, event.grant, event.output_tokens, event.finish_reason, now)
+            self._honour_mark(program)
+
+    def _on_withdrawn(self, event: Withdrawn) -> None:
+        program = self._state.programs.get(event.program)
+        if program is None:
+            return
+        if event.request is None:
+            self._forget(program)
+            return
+        was_used = program.ran
+        if event.request in program.pending:
+            self._state.drop_request(program, event.request)
+        elif (grant := program.grant_of(event.request)) is not None:
+            was_used = program.turns[grant].started or program.num_turns_admitted > 1
+            self._state.void_turn(program, grant)
+            self._honour_mark(program)
+        if not was_used and not program.has_open:
+            self._forget(program)
+
+    # Backends
+
+    def _on_backend_up(self, event: BackendUp, now: float) -> None:
+        known = self._state.generations.get(event.backend)
+        if known is not None and event.generation <= known:
+            raise BadEvent(
+                f"BackendUp.generation={event.generation!r}: backend={event.backend} was up in generation {known}; "
+                "a restarted backend must count one up"
+            )
+        for name in ("capacity_tokens", "max_running"):
+            if getattr(event, name) < 1:
+                raise BadEvent(f"BackendUp.{name}={getattr(event, name)!r}: must be >= 1")
+        old = self._state.backends.get(event.backend)
+        if old is not None:
+            self._take_down(old)
+        self._state.add_backend(
+            Backend(
+                event.backend,
+                generation=event.generation,
+                capacity_tokens=event.capacity_tokens,
+                max_running=event.max_running,
+            )
+        )
+        self._reject_oversized()
+        self._place_held(now)
+
+    def _on_backend_down(self, event: BackendDown) -> None:
+        backend = self._known_backend(event)
+        if backend is not None:
+            self._take_down(backend)
+            self._reject_oversized()
+
+    def _on_backend_stats(self, event: BackendStats) -> None:
+        backend = self._known_backend(event)
+        if backend is not None and event.used_tokens is not None:
+            backend.used_tokens = event.used_tokens
+
+    def _on_weights(self, event: WeightsUpdating | WeightsUpdated, now: float) -> None:
+        for name in event.backends:
+            if name not in self._state.generations:
+                raise BadEvent(f"{type(event).__name__}.backends: backend={name} never was up")
+        updating = isinstance(event, WeightsUpdating)
+        for name in event.backends:
+            if name in self._state.backends:
+                self._state.set_updating(self._state.backends[name], updating)
+        if not updating:
+            self._place_held(now)
+
+    def _take_down(self, backend: Backend) -> None:
+        """Its programs go back to the queue with their tokens; its grants are void."""
+        for grant, program_id in list(backend.grants.items()):
+            program = self._state.programs[program_id]
+            self._state.void_turn(program, grant)
+            self._honour_mark(program)
+        for program in list(backend.programs.values()):
+            elsewhere = next((turn.backend for turn in program.turns.values()), None)
+            if elsewhere is None:
+                self._pause(program)
+            else:
+                self._state.bind(program, self._state.backends[elsewhere])
+        self._state.remove_backend(backend)
+
+    # Sandboxes
+
+    def _on_sandbox_failed(self, event: SandboxFailed) -> None:
+        program = self._state.programs.get(event.program)
+        if program is not None:  # an end that crossed this message on its way
+            program.sandbox_failed()
+
+    def _prepare(self, program: Program, now: float) -> None:
+        if program.sandbox is SandboxNeed.WANTED:
+            program.sandbox_prepared()
+            self._decisions.append(PrepareSandbox(program=program.program_id, by_s=now))
+
+    def _prepare_ahead(self, now: float) -> None:
+        for program in islice(self._state.waiting(now), self._config.prepare_ahead):
+            self._prepare(program, now)
+
+    # Carrying choices out
+
+    def _follow_policy(self, now: float, *, tick: bool) -> None:
+        for placement in self._policy.restores(self._state, now, tick=tick):
+            program = self._state.programs[placement.program]
+            self._restore(program, self._state.backends[placement.backend], now)
+        for program_id in self._policy.releases(self._state, now, tick=tick):
+            self._release(self._state.programs[program_id])
+
+    def _keep_moving(self, now: float) -> None:
+        if not self._state.num_waiting_pending or not self._state.has_idle_backend():
+            return
+        for backend in self._state.idle_backends():
+            waiting = takewhile(lambda program: program.pending, self._state.waiting(now))
+            first = next((program for program in waiting if backend.fits(program.context_tokens)), None)
+            if first is not None:
+                self._restore(first, backend, now)
+
+    def _place(self, program: Program, request: TurnRequested, now: float) -> None:
+        name = self._policy.place(self._state, program, request, now)
+        if program.backend is None:
+            if name is not None and self._state.backends[name].fits(program.context_tokens):
+                self._restore(program, self._state.backends[name], now)
+        elif name is not None:
+            if name != program.backend:
+                self._state.bind(program, self._state.backends[name])
+            self._admit(program, request, now)
+        elif not self._state.backends[program.backend].fits(request.prompt_tokens):
+            self._release(program)
+
+    def _place_held(self, now: float) -> None:
+        for program, pending in self._state.held_requests():
+            if program.backend is not None:
+                self._place(program, pending.event, now)
+
+    def _restore(self, program: Program, backend: Backend, now: float) -> None:
+        """Bind a waiting program and admit what it has pending."""
+        assert not backend.updating
+        assert backend.fits(program.context_tokens)
+        self._state.bind(program, backend)
+        for pending in list(program.pending.values()):
+            self._admit(program, pending.event, now)
+        if not program.turns:
+            self._decisions.append(
+                Restore(program=program.program_id, backend=backend.name, generation=backend.generation)
+            )
+
+    def _admit(self, program: Program, request: TurnRequested, now: float) -> None:
+        assert program.backend is not None
+        backend = self._state.backends[program.backend]
+        assert not backend.updating
+        assert backend.fits(request.prompt_tokens)
+        self._prepare(program, now)
+        grant = self._state.admit(program, request.request)
+        self._decisions.append(
+            Restore(
+                program=program.program_id,
+                backend=backend.name,
+                generation=backend.generation,
+                request=request.request,
+                grant=grant,
+            )
+        )
+        self._policy.granted(program, request, backend.name)
+
+    def _release(self, program: Program) -> None:
+        """Pause now, or mark: paused when the last turn in flight ends."""
+        if not program.turns:
+            self._pause(program)
+        elif not program.marked:
+            self._state.mark(program)
+
+    def _honour_mark(self, program: Program) -> None:
+        if program.marked and not program.turns:
+            self._pause(program)
+
+    def _pause(self, program: Program) -> None:
+        assert program.backend is not None
+        self._decisions.append(Pause(program=program.program_id, backend=program.backend))
+        self._state.pause(program)
+
+    def _forget(self, program: Program) -> None:
+        if program.sandbox_issued:
+            self._decisions.append(ReleaseSandbox(program=program.program_id))
+        self._state.forget(program)
+
+    def _fits_nowhere(self, request: TurnRequested) -> bool:
+        """Never true while no backend is up."""
+        return bool(self._state.backends) and request.prompt_tokens + 1 > self._state.max_capacity_tokens
+
+    def _reject(self, request: TurnRequested) -> None:
+        why = (
+            f"prompt_tokens={request.prompt_tokens} and one token more fit no backend: the largest has "
+            f"capacity_tokens={self._state.max_capacity_tokens}; shorten the context or give the engine more KV memory"
+        )
+        self._decisions.append(Reject(program=request.program, request=request.request, why=why))
+
+    def _reject_oversized(self) -> None:
+        """The largest backend may have changed: answer the requests that fit none any more."""
+        for program in list(self._state.programs.values()):
+            for pending in list(program.pending.values()):
+                if self._fits_nowhere(pending.event):
+                    self._reject(pending.event)
+                    self._state.drop_request(program, pending.event.request)
+            if not program.ran and not program.has_open:
+                self._forget(program)
+
+    # Lookups
+
+    def _known(self, event: ToolStarted | ToolEnded | ProgramEnded) -> Program:
+        program = self._state.programs.get(event.program)
+        if program is None:
+            raise BadEvent(
+                f"{type(event).__name__}.program={event.program!r}: unknown; it ended or never had a request admitted "
+                "or waiting (Withdrawn is the event that may be late)"
+            )
+        return program
+
+    def _holder(self, event: TurnStarted | TurnProgress | TurnEnded) -> Program | None:
+        """The program whose turn this is; None for a grant that was taken back."""
+        if self._state.void_grants.get(event.grant) == event.program:
+            return None
+        program = self._state.programs.get(event.program)
+        if program is None or event.grant not in program.turns:
+            raise BadEvent(
+                f"{type(event).__name__}.grant={event.grant!r}: not current for program={event.program!r}; "
+                "use the grant of the Restore that admitted the turn, and end it once"
+            )
+        return program
+
+    def _known_backend(self, event: BackendDown | BackendStats) -> Backend | None:
+        """The backend if this is its present generation; None for news of an older one."""
+        known = self._state.generations.get(event.backend)
+        if known is None or event.generation > known:
+            raise BadEvent(
+                f"{type(event).__name__}: backend={event.backend!r} generation={event.generation} never was up; "
+                "announce it with BackendUp first"
+            )
+        return self._state.backends.get(event.backend) if event.generation == known else None
