@@ -17,6 +17,7 @@ COMMON = [
     "numpy>=2.0",
     "omegaconf>=2.3",
     "pyarrow>=19.0",
+    "pydantic>=2.12",
     "ray[default]>=2.41",
     "rich>=13.7",
     "transformers>=5.5.3",

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 FOLDER = Path(__file__).resolve().parent
 INPUT = FOLDER / "cpu.in"
@@ -29,7 +30,7 @@ HEADER = """\
 """
 
 
-def resolve(constraints: Path | None) -> dict[str, object]:
+def resolve(constraints: Path | None) -> dict[str, Any]:
     """pip's installation report; the CPU build of torch may need PyTorch's own index."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
@@ -42,7 +43,7 @@ def resolve(constraints: Path | None) -> dict[str, object]:
         return json.loads(report.read_text())
 
 
-def pins(report: dict[str, object]) -> tuple[list[str], list[str]]:
+def pins(report: dict[str, Any]) -> tuple[list[str], list[str]]:
     """The pins to keep, and the names dropped, both sorted without regard to case."""
     kept, dropped = [], []
     for item in report["install"]:

@@ -28,10 +28,10 @@ find_python() {
 }
 
 pip_install() {  # a registry's hiccup should not cost the whole set-up: one more try
-  "$VENV/bin/python" -m pip install --quiet --no-deps --no-build-isolation "$@" || {
+  "$VENV/bin/python" -m pip install -qq --no-deps --no-build-isolation "$@" || {
     echo "set-up: pip failed, trying once more" >&2
     sleep 5
-    "$VENV/bin/python" -m pip install --quiet --no-deps --no-build-isolation "$@"
+    "$VENV/bin/python" -m pip install -qq --no-deps --no-build-isolation "$@"
   }
 }
 
@@ -48,7 +48,7 @@ if ! is_current .lock-stamp "$lock_stamp"; then
   pip_install "$(grep '^setuptools==' "$LOCK")"  # builds the pins that ship no wheel
   # The CPU build of torch lies on PyTorch's own index, unless pip is already set up to find it.
   torch=$(grep '^torch==' "$LOCK")
-  "$VENV/bin/python" -m pip install --quiet --no-deps "$torch" 2>/dev/null \
+  "$VENV/bin/python" -m pip install -qq --no-deps "$torch" 2>/dev/null \
     || pip_install --extra-index-url "$TORCH_CPU_INDEX" "$torch"
   pip_install --requirement "$LOCK"
   pip_install requirements/vllm-shim
