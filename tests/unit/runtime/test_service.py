@@ -1,0 +1,203 @@
+"""The asyncio shell: waiting, cancelling, sandboxes ahead of need, and dying loudly."""
+
+import asyncio
+
+import pytest
+
+from thunder_rollout.core.config import CappedConfig, SchedulerConfig
+from thunder_rollout.core.events import BackendDown, BackendUp, FinishReason, TurnEnded, TurnRequested
+from thunder_rollout.errors import BadEvent, EngineDied, Rejected, SandboxFailed, ThunderError
+from thunder_rollout.observe.trace import TraceWriter, read_trace
+from thunder_rollout.runtime.service import SchedulerService
+from thunder_rollout.sandbox.protocol import SandboxSpec
+
+ONE_AT_A_TIME = SchedulerConfig(policy="capped", capped=CappedConfig(max_programs=1), tick_s=0.01)
+SPEC = SandboxSpec(image="any")
+
+
+def ask(program: str, turn: int = 0, *, tokens: int = 100, sandbox: bool = False) -> TurnRequested:
+    return TurnRequested(program=program, request=f"{program}/{turn}", prompt_tokens=tokens, sandbox=sandbox)
+
+
+class RecordingSandboxes:
+    def __init__(self, failure: SandboxFailed | None = None) -> None:
+        self.calls: list[tuple[str, str]] = []
+        self.failure = failure
+
+    async def prepare(self, program: str, spec: SandboxSpec) -> float:
+        self.calls.append(("prepare", program))
+        if self.failure:
+            raise self.failure
+        return 0.25
+
+    async def release(self, program: str) -> None:
+        self.calls.append(("release", program))
+
+
+@pytest.fixture
+async def make_service():
+    services = []
+
+    async def make(config: SchedulerConfig = ONE_AT_A_TIME, *, up: bool = True, **kwargs) -> SchedulerService:
+        service = SchedulerService(config, **kwargs)
+        services.append(service)
+        if up:
+            service.handle(BackendUp(backend="e0", generation=0, capacity_tokens=10_000, max_running=8))
+        await service.start()
+        return service
+
+    yield make
+    for service in services:
+        await service.stop()
+
+
+async def settle() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+async def test_admit_returns_when_the_program_is_restored(make_service):
+    service = await make_service()
+    for name in ("a", "b"):
+        service.open(name)
+    first = await service.admit(ask("a"))
+    second = asyncio.create_task(service.admit(ask("b")))
+    await settle()
+    assert not second.done()
+    service.handle(TurnEnded(program="a", grant=first.grant, output_tokens=5))
+    service.close("a")
+    assert (await second).backend == "e0"
+
+
+async def test_cancelling_a_wait_leaves_no_trace(make_service):
+    service = await make_service()
+    for name in ("a", "b"):
+        service.open(name)
+    await service.admit(ask("a"))
+    before = service.metrics().scheduler
+    waiting = asyncio.create_task(service.admit(ask("b")))
+    await settle()
+    assert service.metrics().scheduler.num_waiting == 1
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert service.metrics().scheduler == before
+
+
+async def test_cancelling_after_the_grant_gives_it_back(make_service):
+    service = await make_service()
+    for name in ("a", "b"):
+        service.open(name)
+    await service.admit(ask("a"))
+    waiting = asyncio.create_task(service.admit(ask("b")))
+    await settle()
+    service.close("a")  # grants b's turn ...
+    assert service.metrics().scheduler.backends[0].num_in_flight == 1
+    waiting.cancel()  # ... which its caller never hears of
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert service.metrics().scheduler.backends[0].num_in_flight == 0
+
+
+async def test_a_request_that_fits_nowhere_is_rejected(make_service):
+    service = await make_service()
+    service.open("a")
+    with pytest.raises(Rejected, match="10000"):
+        await service.admit(ask("a", tokens=50_000))
+
+
+async def test_a_bad_event_is_refused_to_its_sender_alone(make_service):
+    service = await make_service()
+    with pytest.raises(BadEvent):
+        service.handle(TurnEnded(program="nobody", grant=7))
+    service.open("a")
+    assert (await service.admit(ask("a"))).backend == "e0"
+
+
+async def test_when_the_last_backend_dies_waiters_hear_of_it(make_service):
+    service = await make_service()
+    for name in ("a", "b"):
+        service.open(name)
+    await service.admit(ask("a"))
+    waiting = asyncio.create_task(service.admit(ask("b")))
+    await settle()
+    service.handle(BackendDown(backend="e0", generation=0, reason="killed"))
+    with pytest.raises(EngineDied, match="killed"):
+        await waiting
+
+
+async def test_a_broken_invariant_ends_the_service_loudly(make_service, monkeypatch):
+    service = await make_service()
+    for name in ("a", "b"):
+        service.open(name)
+    await service.admit(ask("a"))
+    waiting = asyncio.create_task(service.admit(ask("b")))
+    await settle()
+    monkeypatch.setattr(service._scheduler, "handle", lambda event, now: 1 / 0)
+    with pytest.raises(ThunderError, match="ZeroDivisionError"):
+        await waiting
+    with pytest.raises(ThunderError, match="ZeroDivisionError"):
+        service.handle(TurnEnded(program="a", grant=1, finish_reason=FinishReason.STOP))
+
+
+async def test_sandboxes_are_prepared_on_admission_and_released_at_the_end(make_service):
+    sandboxes = RecordingSandboxes()
+    service = await make_service(sandboxes=sandboxes)
+    service.open("a", sandbox=SPEC)
+    await service.admit(ask("a", sandbox=True))
+    await settle()
+    service.close("a")
+    await settle()
+    assert sandboxes.calls == [("prepare", "a"), ("release", "a")]
+
+
+async def test_a_waiting_program_has_its_sandbox_prepared_before_its_turn(make_service):
+    sandboxes = RecordingSandboxes()
+    service = await make_service(sandboxes=sandboxes)
+    for name in ("a", "b"):
+        service.open(name, sandbox=SPEC)
+    await service.admit(ask("a", sandbox=True))
+    waiting = asyncio.create_task(service.admit(ask("b", sandbox=True)))
+    await settle()
+    assert ("prepare", "b") in sandboxes.calls
+    assert not waiting.done()
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    await settle()
+    assert ("release", "b") in sandboxes.calls
+
+
+async def test_a_failed_preparation_does_not_end_the_scheduler(make_service):
+    service = await make_service(sandboxes=RecordingSandboxes(SandboxFailed("no room")))
+    service.open("a", sandbox=SPEC)
+    await service.admit(ask("a", sandbox=True))
+    await settle()
+    service.open("b")
+    waiting = asyncio.create_task(service.admit(ask("b")))
+    service.close("a")
+    await waiting
+
+
+async def test_the_programs_of_a_dead_owner_end(make_service):
+    service = await make_service()
+    service.open("a", owner="worker0")
+    service.open("b", owner="worker1")
+    await service.admit(ask("a"))
+    waiting = asyncio.create_task(service.admit(ask("b")))
+    await settle()
+    service.owner_died("worker0")
+    await waiting
+
+
+async def test_a_trace_replays_to_the_same_events_and_decisions(make_service, tmp_path):
+    path = tmp_path / "trace.jsonl"
+    service = await make_service(trace=TraceWriter(path))
+    service.open("a")
+    grant = await service.admit(ask("a"))
+    service.handle(TurnEnded(program="a", grant=grant.grant, output_tokens=5, cached_tokens=0))
+    service.close("a")
+    await service.stop()
+    entries = read_trace(path)
+    replayed = SchedulerService(ONE_AT_A_TIME)._scheduler
+    assert [replayed.handle(event, now) for now, event, _ in entries] == [decisions for _, _, decisions in entries]
+    assert any(decisions for _, _, decisions in entries)

@@ -1,0 +1,41 @@
+"""Settings of the driver: how many samples, engines and workers, and on which Ray cluster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from thunder_rollout.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutSettings:
+    """`n`, `temperature`, `top_p` and `top_k` are verl's `rollout.*`."""
+
+    n: int = 4  # samples of each task (a GRPO group)
+    num_engines: int = 2
+    num_workers: int = 2
+    concurrency: int = 32  # samples in flight over all workers
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    max_attempts: int = 3  # tries of a sample that infrastructure failures interrupt
+
+    def __post_init__(self) -> None:
+        for name in ("n", "num_engines", "num_workers", "concurrency", "max_attempts"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"rollout.{name}={getattr(self, name)!r}: must be at least 1")
+        if self.temperature < 0:
+            raise ConfigError(f"rollout.temperature={self.temperature!r}: must be >= 0 (0 is greedy)")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"rollout.top_p={self.top_p!r}: must be in (0, 1]")
+        if self.top_k != -1 and self.top_k < 1:
+            raise ConfigError(f"rollout.top_k={self.top_k!r}: must be -1 (off) or at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RayConfig:
+    """`address` null starts a private cluster that ends with the run; `auto` joins a running one."""
+
+    address: str | None = None
+    num_cpus: int | None = None  # of a private cluster; null: what the machine has
+    num_gpus: int | None = None

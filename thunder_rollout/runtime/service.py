@@ -1,0 +1,255 @@
+"""The asyncio shell around `core.Scheduler`: events in, decisions carried out, one clock.
+
+Contract: `admit` returns when the program is restored and leaves no trace if it is cancelled. A
+bad event is refused to its sender (`BadEvent`); any other exception out of the core is a broken
+invariant, which ends the service loudly: every waiter and every later call raises it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Protocol
+
+from thunder_rollout.core.config import SchedulerConfig
+from thunder_rollout.core.decisions import Decision, Expire, Pause, PrepareSandbox, Reject, ReleaseSandbox, Restore
+from thunder_rollout.core.events import (
+    BackendDown,
+    BackendUp,
+    Event,
+    FinishReason,
+    ProgramEnded,
+    SandboxFailed,
+    SandboxReady,
+    Tick,
+    TurnEnded,
+    TurnRequested,
+    Withdrawn,
+)
+from thunder_rollout.core.scheduler import Scheduler
+from thunder_rollout.errors import BadEvent, EngineDied, InfrastructureFailure, Rejected, ThunderError
+from thunder_rollout.observe.metrics import MetricsSnapshot, RunMetrics
+from thunder_rollout.observe.trace import TraceWriter
+from thunder_rollout.sandbox.protocol import SandboxSpec
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grant:
+    """Leave to run one turn on `backend`."""
+
+    grant: int
+    backend: str
+    generation: int
+    queue_s: float
+
+
+class SandboxPort(Protocol):
+    """Where `PrepareSandbox` and `ReleaseSandbox` go."""
+
+    async def prepare(self, program: str, spec: SandboxSpec) -> float:
+        """Start the sandbox; returns the seconds it took. Raises `SandboxFailed`."""
+
+    async def release(self, program: str) -> None: ...
+
+
+class SchedulerService:
+    """Owns the scheduler. All methods run on one event loop."""
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        *,
+        sandboxes: SandboxPort | None = None,
+        trace: TraceWriter | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config = config
+        self._scheduler = Scheduler(config)
+        self._sandboxes = sandboxes
+        self._trace = trace
+        self._clock = clock
+        self._started_at = clock()
+        self._metrics = RunMetrics()
+        self._waiting: dict[str, tuple[asyncio.Future[Grant], float]] = {}
+        self._specs: dict[str, SandboxSpec] = {}
+        self._owners: dict[str, str] = {}
+        self._live_backends: set[str] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._ticker: asyncio.Task[None] | None = None
+        self._broken: ThunderError | None = None
+
+    async def start(self) -> None:
+        self._ticker = asyncio.create_task(self._tick_forever(), name="scheduler tick")
+
+    async def stop(self) -> None:
+        """Idempotent. Waiters are cancelled; sandboxes under way are left to their host."""
+        tasks = [*self._tasks, *([self._ticker] if self._ticker else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for future, _ in self._waiting.values():
+            future.cancel()
+        if self._trace is not None:
+            self._trace.close()
+            self._trace = None
+
+    def open(self, program: str, *, owner: str = "", sandbox: SandboxSpec | None = None) -> None:
+        """Announce a program before its first turn: who runs it and what sandbox it acts in."""
+        if program in self._owners:
+            raise BadEvent(f"program={program} is open already; program ids are used once")
+        self._owners[program] = owner
+        if sandbox is not None:
+            self._specs[program] = sandbox
+
+    async def admit(self, event: TurnRequested) -> Grant:
+        """Wait until the program may run this turn.
+
+        Raises `Rejected` if it never can, `BadEvent` for a bad request, `EngineDied` when no
+        backend is left.
+        """
+        if event.request in self._waiting:
+            raise BadEvent(f"request={event.request} is waiting already; request ids are used once")
+        future: asyncio.Future[Grant] = asyncio.get_running_loop().create_future()
+        self._waiting[event.request] = (future, self._now())
+        try:
+            self.handle(event)
+            return await future
+        except asyncio.CancelledError:
+            self._undo_admission(event, future)
+            raise
+        finally:
+            del self._waiting[event.request]
+
+    def handle(self, event: Event) -> None:
+        """Feed one event to the scheduler and carry out what it decides."""
+        if self._broken is not None:
+            raise self._broken
+        now = self._now()
+        try:
+            decisions = self._scheduler.handle(event, now)
+        except BadEvent:
+            raise
+        except Exception as error:
+            self._break(error)
+            raise
+        self._note_backends(event)
+        self._metrics.observe(event, decisions, now)
+        if self._trace is not None:
+            self._trace.write(now, event, decisions)
+        for decision in decisions:
+            self._carry_out(decision, now)
+        if isinstance(event, ProgramEnded):
+            self._owners.pop(event.program, None)
+            self._specs.pop(event.program, None)
+
+    def close(self, program: str, *, reason: str | None = None) -> None:
+        """End a program and release all it holds; a program that never asked is only forgotten."""
+        try:
+            self.handle(ProgramEnded(program=program, reason=reason))
+        except BadEvent:
+            self._owners.pop(program, None)
+            self._specs.pop(program, None)
+
+    def owner_died(self, owner: str) -> None:
+        """End every program that `owner` (a worker) ran."""
+        for program in [p for p, o in self._owners.items() if o == owner]:
+            self.close(program, reason=f"owner {owner} died")
+
+    def metrics(self) -> MetricsSnapshot:
+        return self._metrics.snapshot(self._scheduler.snapshot(), self._now())
+
+    def _undo_admission(self, event: TurnRequested, future: asyncio.Future[Grant]) -> None:
+        granted = future.done() and not future.cancelled() and future.exception() is None
+        if self._broken is not None:
+            return
+        if granted:
+            grant = future.result().grant
+            self.handle(TurnEnded(program=event.program, grant=grant, finish_reason=FinishReason.ABORT))
+        else:
+            self.handle(Withdrawn(program=event.program, request=event.request))
+
+    def _carry_out(self, decision: Decision, now: float) -> None:
+        match decision:
+            case Restore(request=str(request), grant=int(grant), backend=backend, generation=generation):
+                future, since = self._waiting[request]
+                if not future.done():
+                    future.set_result(Grant(grant=grant, backend=backend, generation=generation, queue_s=now - since))
+            case Reject(request=request, why=why):
+                self._fail_waiter(request, Rejected(why))
+            case PrepareSandbox(program=program):
+                self._spawn(self._prepare(program))
+            case ReleaseSandbox(program=program):
+                self._spawn(self._release(program))
+            case Expire(program=program):
+                logger.warning("program=%s expired", program)
+            case Restore() | Pause():
+                pass  # an engine keeps or evicts blocks by itself
+
+    async def _prepare(self, program: str) -> None:
+        spec = self._specs.get(program)
+        if self._sandboxes is None or spec is None:
+            return
+        try:
+            took_s = await self._sandboxes.prepare(program, spec)
+        except InfrastructureFailure as error:
+            logger.warning("program=%s sandbox failed: %s", program, error)
+            event: Event = SandboxFailed(program=program, reason=str(error))
+        else:
+            event = SandboxReady(program=program, took_s=took_s)
+        if program in self._owners:
+            self.handle(event)
+
+    async def _release(self, program: str) -> None:
+        if self._sandboxes is None:
+            return
+        try:
+            await self._sandboxes.release(program)
+        except InfrastructureFailure as error:
+            logger.warning("program=%s sandbox not released: %s", program, error)
+
+    def _note_backends(self, event: Event) -> None:
+        if isinstance(event, BackendUp):
+            self._live_backends.add(event.backend)
+        elif isinstance(event, BackendDown):
+            self._live_backends.discard(event.backend)
+            if not self._live_backends:
+                for request in list(self._waiting):
+                    self._fail_waiter(request, EngineDied(f"no engine is left: {event.backend}: {event.reason}"))
+
+    def _fail_waiter(self, request: str, error: ThunderError) -> None:
+        future = self._waiting[request][0]
+        if not future.done():
+            future.set_exception(error)
+
+    def _break(self, error: Exception) -> None:
+        logger.critical("the scheduler broke an invariant and stops", exc_info=error)
+        self._broken = ThunderError(f"the scheduler stopped: {type(error).__name__}: {error}")
+        for request in list(self._waiting):
+            self._fail_waiter(request, self._broken)
+        if self._trace is not None:
+            self._trace.flush()
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._reap)
+
+    def _reap(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None and self._broken is None:
+            self._break(error if isinstance(error, Exception) else RuntimeError(repr(error)))
+
+    async def _tick_forever(self) -> None:
+        while self._broken is None:
+            await asyncio.sleep(self._config.tick_s)
+            self.handle(Tick())
+            if self._trace is not None:
+                self._trace.flush()
+
+    def _now(self) -> float:
+        return self._clock() - self._started_at
