@@ -1,0 +1,67 @@
+"""The Ray actor around `SandboxHost`: one a node."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from thunder_rollout.sandbox.config import BackendChoice, SandboxConfig
+from thunder_rollout.sandbox.host import HostStats, SandboxHost
+from thunder_rollout.sandbox.protocol import ExecResult, SandboxSpec
+
+MAX_CONCURRENCY = 100_000  # every command that runs holds one call
+
+
+class SandboxHostActor:
+    """`SandboxHost` in a process of its own; adds nothing to it."""
+
+    def __init__(self, config: SandboxConfig, run: str, owner_pid: int | None) -> None:
+        self._config, self._run, self._owner_pid = config, run, owner_pid
+        self._host: SandboxHost | None = None
+
+    async def start(self, images: list[str]) -> BackendChoice:
+        self._host = SandboxHost(self._config, run=self._run, owner_pid=self._owner_pid)
+        return await self._host.start(images)
+
+    async def stop(self) -> None:
+        if self._host is not None:
+            await self._host.stop()
+
+    async def prepare(self, program: str, spec: SandboxSpec) -> float:
+        return await self._started().prepare(program, spec)
+
+    async def acquire(self, program: str, spec: SandboxSpec) -> float:
+        return await self._started().acquire(program, spec)
+
+    async def release(self, program: str) -> None:
+        if self._host is not None:
+            await self._host.release(program)
+
+    async def exec(self, program: str, command: str, timeout_s: float) -> ExecResult:
+        return await self._started().exec(program, command, timeout_s=timeout_s)
+
+    async def read_file(self, program: str, path: str) -> bytes:
+        return await self._started().read_file(program, path)
+
+    async def write_file(self, program: str, path: str, content: bytes) -> None:
+        await self._started().write_file(program, path, content)
+
+    async def diff(self, program: str, base_commit: str) -> bytes:
+        return await self._started().diff(program, base_commit)
+
+    async def stats(self) -> HostStats:
+        return self._started().stats()
+
+    def _started(self) -> SandboxHost:
+        assert self._host is not None, "start the host first"
+        return self._host
+
+
+def create_sandbox_host(config: SandboxConfig, *, run: str, owner_pid: int | None = None) -> Any:
+    """Start the host of the caller's node. The sandboxes go when the process `owner_pid` does, or
+    the actor itself."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    cls = ray.remote(num_cpus=0, max_concurrency=MAX_CONCURRENCY, scheduling_strategy=here)(SandboxHostActor)
+    return cls.remote(config, run, owner_pid)

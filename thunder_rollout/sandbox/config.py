@@ -1,0 +1,80 @@
+"""Settings of the sandboxes of a run, and the choice of where they run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from thunder_rollout.errors import ConfigError
+from thunder_rollout.sandbox.protocol import SandboxLimits
+
+BACKENDS = ("auto", "docker", "local")
+
+
+def _require(ok: bool, name: str, value: object, rule: str) -> None:
+    if not ok:
+        raise ConfigError(f"sandbox.{name}={value!r}: must be {rule}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SandboxConfig:
+    """`auto` is `docker` where an engine answers, else `local`."""
+
+    backend: str = "auto"
+    limits: SandboxLimits = field(default_factory=SandboxLimits)
+    network: str = "none"  # the only choice: an agent with a network can read the answer
+    docker_host: str | None = None  # None: DOCKER_HOST, else the default socket
+    max_starts: int = 4  # sandboxes of one node that start at the same time
+    exec_timeout_s: float = 60.0  # what an agent's command gets
+    start_timeout_s: float = 120.0  # of one sandbox, its setup included
+
+    def __post_init__(self) -> None:
+        limits = self.limits
+        _require(self.backend in BACKENDS, "backend", self.backend, f"one of {', '.join(BACKENDS)}")
+        _require(self.network == "none", "network", self.network, "none")
+        _require(self.max_starts >= 1, "max_starts", self.max_starts, ">= 1")
+        _require(self.exec_timeout_s > 0, "exec_timeout_s", self.exec_timeout_s, "> 0")
+        _require(self.start_timeout_s > 0, "start_timeout_s", self.start_timeout_s, "> 0")
+        _require(limits.memory_bytes >= 64 * 2**20, "limits.memory_bytes", limits.memory_bytes, ">= 67108864 (64 MiB)")
+        _require(limits.cpus > 0, "limits.cpus", limits.cpus, "> 0")
+        _require(limits.pids >= 16, "limits.pids", limits.pids, ">= 16")
+        _require(limits.disk_bytes >= 2**20, "limits.disk_bytes", limits.disk_bytes, ">= 1048576 (1 MiB)")
+        _require(limits.output_bytes >= 64, "limits.output_bytes", limits.output_bytes, ">= 64")
+        _require(limits.ttl_s > 0, "limits.ttl_s", limits.ttl_s, "> 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendChoice:
+    """`backend` is docker or local; `reason` says why, for the user."""
+
+    backend: str
+    reason: str
+
+
+def select_backend(config: SandboxConfig) -> BackendChoice:
+    """Decide where sandboxes run. Blocking: it asks the Docker engine.
+
+    Raises `ConfigError` if the backend asked for can't be had here.
+    """
+    from thunder_rollout.sandbox.docker_engine import probe_engine
+    from thunder_rollout.sandbox.local import local_unavailable
+
+    if config.backend == "local":
+        refusal = local_unavailable()
+        if refusal is None:
+            return BackendChoice(backend="local", reason="sandbox.backend=local")
+        raise ConfigError(f"sandbox.backend=local: {refusal}")
+    probe = probe_engine(config.docker_host)
+    if probe.version is not None:
+        return BackendChoice(backend="docker", reason=f"Docker engine {probe.version} answers at {probe.address}")
+    if config.backend == "docker":
+        raise ConfigError(
+            f"sandbox.backend=docker: no Docker engine answers at {probe.address} ({probe.error}); start it, point "
+            "sandbox.docker_host or DOCKER_HOST at it, or use sandbox.backend=local"
+        )
+    refusal = local_unavailable()
+    if refusal is not None:
+        raise ConfigError(
+            f"sandbox.backend=auto: no Docker engine answers at {probe.address} ({probe.error}) and local sandboxes "
+            f"can't run either: {refusal}"
+        )
+    return BackendChoice(backend="local", reason=f"no Docker engine answers at {probe.address}")

@@ -1,0 +1,285 @@
+"""Sandboxes as Docker containers, through the docker SDK.
+
+What bounds one: memory (swap included), CPUs and processes by the engine's cgroups; no network
+but loopback; few capabilities and no way to gain any. `disk_bytes` binds the writable layer where
+the storage driver has quotas (overlay2 on xfs with pquota, btrfs, zfs); elsewhere it only binds
+the size of one file, and a container can fill the engine's disk with many.
+
+What ends one: `stop`; its time to live; and the end of this process, however it comes, since the
+engine closes PID 1's stdin with our connection, and the container removes itself. The labels
+(`thunder.run`, `thunder.session`, `thunder.program`, `thunder.task`, `thunder.lease` = expiry in
+epoch seconds) let the reaper find what is left all the same.
+
+The image needs bash, coreutils and tar, and git for `diff`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import secrets
+import time
+from typing import Any
+
+from docker.errors import APIError, ImageNotFound, NotFound
+from docker.types import Ulimit
+
+from thunder_rollout.errors import SandboxFailed
+from thunder_rollout.sandbox.docker_engine import RUN_LABEL, AttachedStream, DockerEngine, remove_container
+from thunder_rollout.sandbox.gitdiff import SCRATCH
+from thunder_rollout.sandbox.output import OutputBuffer
+from thunder_rollout.sandbox.protocol import SandboxSpec
+from thunder_rollout.sandbox.shell import INIT_SCRIPT, NOT_RUNNABLE, Exit, ShellSandbox
+
+logger = logging.getLogger(__name__)
+
+_KILL_EVERY_S = 0.5
+_KILL_PATIENCE_S = 10.0
+_EXIT_CODE_PATIENCE_S = 2.0
+_KEPT_CAPABILITIES = ["CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID"]
+_ENV = {
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "GIT_CONFIG_COUNT": "3",
+    "GIT_CONFIG_KEY_0": "safe.directory",
+    "GIT_CONFIG_VALUE_0": "*",
+    "GIT_CONFIG_KEY_1": "user.name",
+    "GIT_CONFIG_VALUE_1": "agent",
+    "GIT_CONFIG_KEY_2": "user.email",
+    "GIT_CONFIG_VALUE_2": "agent@localhost",
+}
+
+# Ends the output with a marker and the exit code: a daemon may hold the stream open for longer.
+_MERGED = 'bash -c "$2" bash "${@:3}" 2>&1; printf "%s%d;" "$1" "$?"'
+_STDOUT_ONLY = 'bash -c "$2" bash "${@:3}"; printf "%s%d;" "$1" "$?"'
+_MAX_CODE_BYTES = 4
+
+
+class DockerSandbox(ShellSandbox):
+    def __init__(self, spec: SandboxSpec, engine: DockerEngine, *, start_timeout_s: float = 120.0) -> None:
+        super().__init__(spec, start_timeout_s=start_timeout_s)
+        self._engine = engine
+        self._container = ""
+        self._creating: asyncio.Future[str] | None = None
+        self._stdin: AttachedStream | None = None
+
+    async def _boot(self) -> None:
+        self._creating = asyncio.ensure_future(self._engine.call(self._create))
+        try:
+            self._container = await asyncio.shield(self._creating)
+            api = self._engine.client.api
+            holder = await self._engine.call(
+                lambda: api.attach_socket(self._container, params={"stdin": 1, "stream": 1})
+            )
+            self._stdin = AttachedStream(holder)
+            await self._engine.call(lambda: api.start(self._container))
+        except ImageNotFound as error:
+            raise SandboxFailed(
+                f"sandbox: the Docker engine has no image {self.spec.image!r}; pull or build it first, or correct the "
+                "task's image name"
+            ) from error
+        except APIError as error:
+            raise SandboxFailed(f"sandbox: the Docker engine could not start it: {error.explanation}") from error
+
+    def _create(self) -> str:
+        if self._engine.has_quota:
+            try:
+                return self._create_container({"size": str(self.spec.limits.disk_bytes)})
+            except APIError as error:
+                if "storage" not in str(error.explanation).lower():
+                    raise
+                self._engine.has_quota = False
+                logger.info("the Docker storage driver has no quotas: disk_bytes limits single files only")
+        return self._create_container(None)
+
+    def _create_container(self, storage_opt: dict[str, str] | None) -> str:
+        spec, limits = self.spec, self.spec.limits
+        container = self._engine.client.containers.create(
+            spec.image,
+            entrypoint=["bash", "-c", INIT_SCRIPT, "thunder-sandbox"],
+            command=[str(math.ceil(limits.ttl_s))],
+            user="0:0",
+            working_dir="/",
+            environment=_ENV,
+            labels=self._labels(),
+            hostname="sandbox",
+            stdin_open=True,
+            auto_remove=True,
+            network_mode="none",
+            mem_limit=limits.memory_bytes,
+            memswap_limit=limits.memory_bytes,
+            nano_cpus=int(limits.cpus * 1e9),
+            pids_limit=limits.pids,
+            cap_drop=["ALL"],
+            cap_add=_KEPT_CAPABILITIES,
+            security_opt=["no-new-privileges"],
+            tmpfs={SCRATCH: "size=256m,mode=0700"},
+            ulimits=[Ulimit(name="fsize", soft=limits.disk_bytes, hard=limits.disk_bytes)],
+            storage_opt=storage_opt,
+        )
+        return str(container.id)
+
+    def _labels(self) -> dict[str, str]:
+        labels = {f"thunder.{key}": value for key, value in self.spec.labels.items()}
+        lease = int(time.time() + self.spec.limits.ttl_s)
+        return {RUN_LABEL: "none"} | labels | {"thunder.lease": str(lease)}
+
+    async def _run(
+        self,
+        script: str,
+        args: tuple[str, ...],
+        *,
+        stdin: bytes,
+        env: dict[str, str],
+        timeout_s: float,
+        output: OutputBuffer,
+        merge_stderr: bool,
+    ) -> Exit:
+        marker = f"<{secrets.token_hex(8)}>"
+        wrapper = _MERGED if merge_stderr else _STDOUT_ONLY
+        argv = ["bash", "-c", wrapper, "bash", marker, script, *args]
+        started = asyncio.ensure_future(self._engine.call(lambda: self._start_exec(argv, env, bool(stdin))))
+        try:
+            exec_id, stream = await asyncio.shield(started)
+        except asyncio.CancelledError:
+            await asyncio.shield(self._abandon(started))
+            raise
+        except APIError as error:
+            await self._require_container()
+            output.feed(f"the container could not run it: {error.explanation}\n".encode())
+            return Exit(code=NOT_RUNNABLE, timed_out=False)
+        try:
+            return await self._follow(exec_id, stream, _Marked(marker, output), stdin, timeout_s)
+        finally:
+            stream.close()
+
+    def _start_exec(self, argv: list[str], env: dict[str, str], stdin: bool) -> tuple[str, AttachedStream]:
+        api = self._engine.client.api
+        created = api.exec_create(self._container, argv, stdin=stdin, environment=env, workdir="/", user="0:0")
+        return created["Id"], AttachedStream(api.exec_start(created["Id"], socket=True))
+
+    async def _abandon(self, started: asyncio.Future[tuple[str, AttachedStream]]) -> None:
+        try:
+            _, stream = await started
+        except (APIError, SandboxFailed):
+            return
+        await self._kill_until_ended(_Marked("", OutputBuffer(0)), stream)
+        stream.close()
+
+    async def _follow(
+        self, exec_id: str, stream: AttachedStream, marked: _Marked, stdin: bytes, timeout_s: float
+    ) -> Exit:
+        try:
+            async with asyncio.timeout(timeout_s):
+                if stdin:
+                    await stream.send(stdin)
+                await _read_to_end(stream, marked)
+        except TimeoutError:
+            await asyncio.shield(self._kill_until_ended(marked, stream))
+            marked.finish()
+            return Exit(code=137, timed_out=True)
+        except asyncio.CancelledError:
+            await asyncio.shield(self._kill_until_ended(marked, stream))
+            raise
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it ended without reading its stdin; its exit code tells
+        marked.finish()
+        code = marked.code if marked.code is not None else await self._exit_code(exec_id)
+        return Exit(code=code, timed_out=False)
+
+    async def _kill_until_ended(self, marked: _Marked, stream: AttachedStream) -> None:
+        for _ in range(int(_KILL_PATIENCE_S / _KILL_EVERY_S)):
+            await self._clear()
+            try:
+                async with asyncio.timeout(_KILL_EVERY_S):
+                    await _read_to_end(stream, marked)
+                return
+            except TimeoutError:
+                continue
+        await self._engine.call(lambda: remove_container(self._engine, self._container))
+        raise SandboxFailed("sandbox: a command would not die; the container was removed")
+
+    async def _clear(self) -> None:
+        if self._stdin is not None:
+            self._stdin.send_now(b"kill\n")
+
+    async def _exit_code(self, exec_id: str) -> int:
+        """Of a command whose shell was killed before it could say."""
+        deadline_s = time.monotonic() + _EXIT_CODE_PATIENCE_S
+        while True:
+            await self._require_container()
+            try:
+                state: dict[str, Any] = await self._engine.call(lambda: self._engine.client.api.exec_inspect(exec_id))
+            except APIError as error:
+                raise SandboxFailed(f"sandbox: it died under a command: {error.explanation}") from error
+            if state["ExitCode"] is not None:
+                return int(state["ExitCode"])
+            if time.monotonic() > deadline_s:
+                return 137
+            await asyncio.sleep(0.05)
+
+    async def _require_container(self) -> None:
+        try:
+            state = await self._engine.call(lambda: self._engine.client.api.inspect_container(self._container))
+        except NotFound as error:
+            raise SandboxFailed("sandbox: its container is gone (time to live over, or removed)") from error
+        except APIError as error:
+            raise SandboxFailed(f"sandbox: its container can't be inspected: {error.explanation}") from error
+        if not state["State"]["Running"]:
+            raise SandboxFailed("sandbox: its container died (time to live over, out of memory, or killed)")
+
+    async def _destroy(self) -> None:
+        if self._creating is None:
+            return
+        try:
+            container = await self._creating  # a cancelled start may still be creating it
+        except (APIError, SandboxFailed):
+            return
+        await self._engine.call(lambda: remove_container(self._engine, container))
+        if self._stdin is not None:
+            self._stdin.close()
+        while True:
+            try:
+                await self._engine.call(lambda: self._engine.client.api.inspect_container(container))
+            except NotFound:
+                return
+            await asyncio.sleep(0.05)
+
+
+class _Marked:
+    """Feeds an output up to the marker, and reads the exit code after it."""
+
+    def __init__(self, marker: str, output: OutputBuffer) -> None:
+        self._marker = marker.encode()
+        self._output = output
+        self._held = b""
+        self.code: int | None = None
+
+    def feed(self, chunk: bytes) -> None:
+        if self.code is not None:
+            return
+        self._held += chunk
+        position = self._held.find(self._marker) if self._marker else -1
+        if position >= 0:
+            code, end, _ = self._held[position + len(self._marker) :].partition(b";")
+            if end:
+                self.code = int(code)
+                self._output.feed(self._held[:position])
+                self._held = b""
+            return
+        keep = len(self._marker) + _MAX_CODE_BYTES
+        self._output.feed(self._held[:-keep])
+        self._held = self._held[-keep:]
+
+    def finish(self) -> None:
+        self._output.feed(self._held)
+        self._held = b""
+
+
+async def _read_to_end(stream: AttachedStream, marked: _Marked) -> None:
+    while marked.code is None and (frame := await stream.frame()) is not None:
+        if frame[0] == 1:
+            marked.feed(frame[1])

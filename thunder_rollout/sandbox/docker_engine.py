@@ -1,0 +1,166 @@
+"""The connection to a Docker engine, shared by all sandboxes of a process.
+
+The docker SDK blocks, so its calls run on a few threads; each is short. What lasts (a command's
+output) is read on the event loop, so no thread is held while an agent's command runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import docker
+import requests
+from docker.errors import APIError, DockerException, NotFound
+
+from thunder_rollout.errors import ConfigError, SandboxFailed
+
+logger = logging.getLogger(__name__)
+
+RUN_LABEL = "thunder.run"
+SESSION_LABEL = "thunder.session"
+_NUM_THREADS = 16
+_CALL_TIMEOUT_S = 120
+_PROBE_TIMEOUT_S = 5
+_DEFAULT_ADDRESS = "unix:///var/run/docker.sock"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineProbe:
+    address: str
+    version: str | None  # None: nothing answers
+    error: str = ""
+
+
+def engine_address(docker_host: str | None) -> str:
+    return docker_host or os.environ.get("DOCKER_HOST") or _DEFAULT_ADDRESS
+
+
+def probe_engine(docker_host: str | None) -> EngineProbe:
+    """Ask whether an engine answers. Blocking, at most a few seconds; never raises for "no"."""
+    address = engine_address(docker_host)
+    try:
+        client = docker.DockerClient(base_url=address, timeout=_PROBE_TIMEOUT_S)
+        try:
+            return EngineProbe(address=address, version=str(client.version()["Version"]))
+        finally:
+            client.close()
+    except (DockerException, requests.RequestException, OSError, ValueError) as error:
+        return EngineProbe(address=address, version=None, error=str(error).splitlines()[0][:200])
+
+
+class DockerEngine:
+    """One engine; safe to share between the sandboxes of an event loop."""
+
+    def __init__(self, docker_host: str | None = None) -> None:
+        self.address = engine_address(docker_host)
+        try:
+            self.client = docker.DockerClient(base_url=self.address, timeout=_CALL_TIMEOUT_S)
+        except (DockerException, requests.RequestException, OSError) as error:
+            raise ConfigError(
+                f"sandbox.docker_host: no Docker engine answers at {self.address} ({error}); start it or use "
+                "sandbox.backend=local"
+            ) from error
+        self.has_quota = True  # until the storage driver says that it can't limit a container's disk
+        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="docker")
+
+    async def call(self, function: Callable[[], T]) -> T:
+        """Run a short SDK call on a thread. An engine that is gone raises `SandboxFailed`;
+        the engine's own refusals stay `docker.errors.APIError`."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, function)
+        except (requests.RequestException, OSError) as error:
+            if isinstance(error, APIError):
+                raise
+            raise SandboxFailed(f"sandbox: the Docker engine at {self.address} doesn't answer: {error}") from error
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self.client.close()
+
+
+class AttachedStream:
+    """A hijacked connection to a container or one of its commands, as raw frames."""
+
+    def __init__(self, holder: Any) -> None:
+        self._holder = holder  # keeps the HTTP response, and so the connection, alive
+        raw = getattr(holder, "_sock", holder)
+        if type(raw) is not socket.socket:
+            raise ConfigError(
+                f"sandbox.docker_host: connections of type {type(raw).__name__} aren't supported; use a unix:// or "
+                "plain tcp:// address"
+            )
+        self._socket = raw
+        self._socket.setblocking(False)
+        self._pending = bytearray()
+
+    async def send(self, content: bytes) -> None:
+        await asyncio.get_running_loop().sock_sendall(self._socket, content)
+
+    def send_now(self, line: bytes) -> None:
+        """A few bytes that always fit the connection's buffer."""
+        try:
+            self._socket.send(line)
+        except (BlockingIOError, OSError):
+            logger.debug("could not write to a container's stdin")
+
+    async def frame(self) -> tuple[int, bytes] | None:
+        """The next (stream number, content): 1 is stdout, 2 stderr; None at the end."""
+        while (frame := self._take_frame()) is None:
+            try:
+                chunk = await asyncio.get_running_loop().sock_recv(self._socket, 65_536)
+            except ConnectionResetError:
+                return None
+            if not chunk:
+                return None
+            self._pending += chunk
+        return frame
+
+    def _take_frame(self) -> tuple[int, bytes] | None:
+        if len(self._pending) < 8:
+            return None
+        size = int.from_bytes(self._pending[4:8], "big")
+        if len(self._pending) < 8 + size:
+            return None
+        stream, content = self._pending[0], bytes(self._pending[8 : 8 + size])
+        del self._pending[: 8 + size]
+        return stream, content
+
+    def close(self) -> None:
+        self._socket.close()
+        response = getattr(self._holder, "_response", None)
+        if response is not None:
+            response.close()
+
+
+def sweep_docker(docker_host: str | None, run: str, is_ours: Callable[[str], bool]) -> int:
+    """Remove the containers of `run` whose session `is_ours` accepts, with their volumes; how
+    many. Blocking."""
+    engine = DockerEngine(docker_host)
+    try:
+        found = engine.client.api.containers(all=True, filters={"label": f"{RUN_LABEL}={run}"})
+        dead = [container["Id"] for container in found if is_ours(container["Labels"].get(SESSION_LABEL, ""))]
+        for container_id in dead:
+            remove_container(engine, container_id)
+        return len(dead)
+    finally:
+        engine.close()
+
+
+def remove_container(engine: DockerEngine, container_id: str) -> None:
+    """Idempotent. Blocking."""
+    try:
+        engine.client.api.remove_container(container_id, v=True, force=True)
+    except NotFound:
+        return
+    except APIError as error:
+        if error.status_code != 409:  # 409: its removal is already under way
+            raise

@@ -1,0 +1,227 @@
+"""One node's sandboxes: started ahead of need, handed to their programs, reclaimed at once.
+
+Invariants: a program has at most one sandbox; starts are bounded by `max_starts`; `release` takes
+a sandbox down whatever it was doing, and is idempotent; after `stop`, nothing of this session is
+left. The session (one life of one host) tells our sandboxes from those of an earlier life of the
+same run, which `start` sweeps away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import os
+import subprocess
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from thunder_rollout.errors import SandboxFailed
+from thunder_rollout.sandbox.config import BackendChoice, SandboxConfig, select_backend
+from thunder_rollout.sandbox.protocol import ExecResult, Sandbox, SandboxSpec
+from thunder_rollout.sandbox.reaper import start_reaper, sweep
+
+logger = logging.getLogger(__name__)
+
+MakeSandbox = Callable[[SandboxSpec], Sandbox]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostStats:
+    num_starting: int
+    num_running: int
+    num_started: int  # since the host started
+    num_failed: int
+    mean_start_s: float
+
+
+@dataclass(slots=True)
+class _Slot:
+    sandbox: Sandbox
+    starting: asyncio.Task[float]
+
+
+class SandboxHost:
+    """`make` replaces the backend (tests hand in fakes); then nothing is swept and no reaper runs."""
+
+    def __init__(
+        self, config: SandboxConfig, *, run: str, owner_pid: int | None = None, make: MakeSandbox | None = None
+    ) -> None:
+        self._config = config
+        self._run = run
+        self._session = uuid.uuid4().hex
+        self._owner_pid = owner_pid
+        self._make = make
+        self._choice = BackendChoice(backend="fake", reason="handed in")
+        self._reaper: subprocess.Popen | None = None
+        self._starts = asyncio.Semaphore(config.max_starts)
+        self._slots: dict[str, _Slot] = {}
+        self._stops: set[asyncio.Task[None]] = set()
+        self._num_started = 0
+        self._num_failed = 0
+        self._total_start_s = 0.0
+        self._stopped = False
+
+    async def start(self, images: Sequence[str] = ()) -> BackendChoice:
+        """Choose the backend, have `images` ready, remove what a dead life of this run left.
+
+        Raises `ConfigError` if no backend can be had, `SandboxFailed` if an image can't.
+        """
+        if self._make is None:
+            self._choice = await asyncio.to_thread(select_backend, self._config)
+            logger.info("sandbox backend=%s: %s", self._choice.backend, self._choice.reason)
+            num_swept = await asyncio.to_thread(self._sweep)
+            if num_swept:
+                logger.info("run=%s: removed %d sandboxes of an earlier life", self._run, num_swept)
+            self._reaper = start_reaper(
+                run=self._run,
+                session=self._session,
+                backend=self._choice.backend,
+                docker_host=self._config.docker_host,
+                pids=[os.getpid(), *([self._owner_pid] if self._owner_pid else [])],
+            )
+            self._make = await self._backend(images)
+        return self._choice
+
+    async def prepare(self, program: str, spec: SandboxSpec) -> float:
+        """Start the program's sandbox unless it is started already; the seconds its start took.
+
+        Raises `SandboxFailed`. Cancelling the call leaves the sandbox to the program.
+        """
+        slot = self._slots.get(program)
+        if slot is None:
+            slot = self._slots[program] = self._new_slot(program, spec)
+        await asyncio.wait([slot.starting])
+        if slot.starting.cancelled():
+            raise SandboxFailed(f"sandbox: program={program} was released while its sandbox started")
+        return slot.starting.result()
+
+    async def acquire(self, program: str, spec: SandboxSpec) -> float:
+        """Wait for the program's sandbox, starting it if nobody prepared it; as `prepare`."""
+        return await self.prepare(program, spec)
+
+    async def exec(self, program: str, command: str, *, timeout_s: float) -> ExecResult:
+        return await self._of(program).exec(command, timeout_s=timeout_s)
+
+    async def read_file(self, program: str, path: str) -> bytes:
+        return await self._of(program).read_file(path)
+
+    async def write_file(self, program: str, path: str, content: bytes) -> None:
+        await self._of(program).write_file(path, content)
+
+    async def diff(self, program: str, base_commit: str) -> bytes:
+        return await self._of(program).diff(base_commit)
+
+    async def release(self, program: str) -> None:
+        """Remove the program's sandbox, also while it starts. Idempotent, bounded in time."""
+        slot = self._slots.pop(program, None)
+        if slot is None:
+            return
+        stopping = asyncio.create_task(self._take_down(slot), name=f"stop-sandbox-{program}")
+        self._stops.add(stopping)
+        stopping.add_done_callback(self._stops.discard)
+        await asyncio.shield(stopping)
+
+    @asynccontextmanager
+    async def fresh(self, spec: SandboxSpec) -> AsyncIterator[Sandbox]:
+        """A started sandbox of nobody's, for grading; removed at the end of the block."""
+        program = f"fresh-{uuid.uuid4().hex}"
+        try:
+            await self.prepare(program, spec)
+            yield self._of(program)
+        finally:
+            await self.release(program)
+
+    def stats(self) -> HostStats:
+        num_starting = sum(not slot.starting.done() for slot in self._slots.values())
+        return HostStats(
+            num_starting=num_starting,
+            num_running=len(self._slots) - num_starting,
+            num_started=self._num_started,
+            num_failed=self._num_failed,
+            mean_start_s=self._total_start_s / max(1, self._num_started),
+        )
+
+    async def stop(self) -> None:
+        """Remove every sandbox of this session. Idempotent; the host can't be used again."""
+        self._stopped = True
+        await asyncio.gather(*(self.release(program) for program in list(self._slots)))
+        await asyncio.gather(*self._stops)
+        if self._reaper is not None:
+            self._reaper.terminate()
+            await asyncio.to_thread(self._reaper.wait)
+            self._reaper = None
+            await asyncio.to_thread(self._sweep, self._session)
+
+    def _new_slot(self, program: str, spec: SandboxSpec) -> _Slot:
+        if self._make is None or self._stopped:
+            raise SandboxFailed(f"sandbox: the host of run={self._run} is not running")
+        labels = {"run": self._run, "session": self._session, "program": program}
+        sandbox = self._make(dataclasses.replace(spec, labels=spec.labels | labels))
+        starting = asyncio.create_task(self._start(program, sandbox), name=f"start-sandbox-{program}")
+        starting.add_done_callback(_retrieve)
+        return _Slot(sandbox, starting)
+
+    async def _start(self, program: str, sandbox: Sandbox) -> float:
+        async with self._starts:
+            began_s = time.monotonic()
+            try:
+                await sandbox.start()
+            except Exception:
+                self._num_failed += 1
+                self._forget(program, sandbox)
+                raise
+        took_s = time.monotonic() - began_s
+        self._num_started += 1
+        self._total_start_s += took_s
+        return took_s
+
+    def _forget(self, program: str, sandbox: Sandbox) -> None:
+        """So that the program's next attempt starts anew."""
+        slot = self._slots.get(program)
+        if slot is not None and slot.sandbox is sandbox:
+            del self._slots[program]
+
+    async def _take_down(self, slot: _Slot) -> None:
+        slot.starting.cancel()
+        await asyncio.wait([slot.starting])
+        await slot.sandbox.stop()
+
+    def _of(self, program: str) -> Sandbox:
+        slot = self._slots.get(program)
+        if slot is None or not slot.starting.done():
+            raise SandboxFailed(f"sandbox: program={program} has none that is ready; acquire it first")
+        return slot.sandbox
+
+    def _sweep(self, session: str = "") -> int:
+        return sweep(
+            self._run,
+            backend=self._choice.backend,
+            docker_host=self._config.docker_host,
+            session=session,
+            keep=self._session,
+        )
+
+    async def _backend(self, images: Sequence[str]) -> MakeSandbox:
+        start_timeout_s = self._config.start_timeout_s
+        if self._choice.backend == "local":
+            from thunder_rollout.sandbox.local import LocalSandbox
+
+            return lambda spec: LocalSandbox(spec, start_timeout_s=start_timeout_s)
+        from thunder_rollout.sandbox.docker import DockerSandbox
+        from thunder_rollout.sandbox.docker_engine import DockerEngine
+        from thunder_rollout.sandbox.images import ensure_image
+
+        engine = DockerEngine(self._config.docker_host)
+        for image in dict.fromkeys(images):
+            await asyncio.to_thread(ensure_image, engine.client, image)
+        return lambda spec: DockerSandbox(spec, engine, start_timeout_s=start_timeout_s)
+
+
+def _retrieve(task: asyncio.Task[float]) -> None:
+    """A failure belongs to whoever waits for the sandbox; it may be that nobody does any more."""
+    if not task.cancelled():
+        task.exception()

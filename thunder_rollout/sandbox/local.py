@@ -1,0 +1,276 @@
+"""Sandboxes out of Linux namespaces alone: no Docker engine, no image, nothing to install.
+
+What it isolates: files (only the host's programs and interpreter are seen, read only), network
+(none but loopback), processes, ipc, host name, and privileges (see `namespaces`). The kernel is
+the host's, as with Docker; there is no seccomp filter, and `image` is ignored.
+
+What bounds it: `disk_bytes` is the size of the tmpfs that holds everything the sandbox writes, at
+most half of `memory_bytes`, because that is memory. As root with cgroups, `memory_bytes`, `pids`
+and `cpus` bind the sandbox as a whole. Without, rlimits stand in: `memory_bytes` of address space
+for each process, `pids` processes for the user namespace, and no bound on CPU.
+
+Nothing is left on the host: the root has no folder there, and PID 1 ends when the pipe that this
+process holds is closed, by `stop`, by an exit or by `kill -9`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import signal
+import subprocess
+import uuid
+from collections.abc import Callable
+
+from thunder_rollout.errors import SandboxFailed
+from thunder_rollout.sandbox import cgroups
+from thunder_rollout.sandbox.namespaces import exec_argv, inner_env, missing_tools, start_argv
+from thunder_rollout.sandbox.output import OutputBuffer
+from thunder_rollout.sandbox.protocol import SandboxSpec
+from thunder_rollout.sandbox.shell import Exit, ShellSandbox
+
+logger = logging.getLogger(__name__)
+
+_CHUNK_BYTES = 65_536  # also what a Linux pipe holds
+_KILL_EVERY_S = 0.2
+_KILL_PATIENCE_S = 5.0
+_REMEDY = (
+    "allow unprivileged user namespaces (sysctl kernel.unprivileged_userns_clone=1, user.max_user_namespaces>0, "
+    "kernel.apparmor_restrict_unprivileged_userns=0), run as root, or use sandbox.backend=docker"
+)
+
+
+class LocalSandbox(ShellSandbox):
+    def __init__(self, spec: SandboxSpec, *, start_timeout_s: float = 120.0) -> None:
+        super().__init__(spec, start_timeout_s=start_timeout_s)
+        self._name = uuid.uuid4().hex[:16]
+        self._cgroup: cgroups.Cgroup | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._init_pid = 0
+
+    async def _boot(self) -> None:
+        run, session = self.spec.labels.get("run", "none"), self.spec.labels.get("session", "none")
+        limits = self.spec.limits
+        self._cgroup = cgroups.create(run, f"{cgroups.safe_name(session).replace('-', '_')}-{self._name}", limits)
+        self._process = await asyncio.create_subprocess_exec(
+            *start_argv(limits, procs_files=self._procs_files(), marker=_marker(run, session)),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            env=inner_env() | {"PATH": _tool_path()},
+            cwd="/",
+        )
+        assert self._process.stdout is not None and self._process.stderr is not None
+        ready = await self._process.stdout.readline()
+        if not ready.startswith(b"ready "):
+            text = (await self._process.stderr.read()).decode("utf-8", "replace").strip()
+            raise SandboxFailed(f"sandbox: no namespaces for it ({text or 'no message'}); {_REMEDY}")
+        self._init_pid = int(ready.split()[1])
+
+    async def _run(
+        self,
+        script: str,
+        args: tuple[str, ...],
+        *,
+        stdin: bytes,
+        env: dict[str, str],
+        timeout_s: float,
+        output: OutputBuffer,
+        merge_stderr: bool,
+    ) -> Exit:
+        self._require_init()
+        if self._cgroup is None:
+            script = self._rlimits() + script
+        argv = exec_argv(self._init_pid, script, args, env=env, procs_files=self._procs_files())
+        reader, writer = os.pipe()
+        os.set_blocking(reader, False)
+        loop = asyncio.get_running_loop()
+        try:
+            process = await self._spawn(argv, stdin=bool(stdin), writer=writer, merge_stderr=merge_stderr)
+            loop.add_reader(reader, self._on_readable, loop, reader, output)
+            timed_out = await self._wait(process, stdin, timeout_s)
+            _drain(reader, output)
+        finally:
+            loop.remove_reader(reader)
+            os.close(reader)
+        code = process.returncode or 0
+        if code != 0:
+            self._require_init()
+        return Exit(code=128 - code if code < 0 else code, timed_out=timed_out)
+
+    async def _spawn(
+        self, argv: list[str], *, stdin: bool, writer: int, merge_stderr: bool
+    ) -> asyncio.subprocess.Process:
+        try:
+            return await asyncio.create_subprocess_exec(
+                *argv,
+                stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
+                stdout=writer,
+                stderr=writer if merge_stderr else subprocess.DEVNULL,
+                start_new_session=True,
+                env=inner_env(),
+                cwd="/",
+            )
+        except asyncio.CancelledError:
+            await self._clear()
+            raise
+        finally:
+            os.close(writer)
+
+    @staticmethod
+    def _on_readable(loop: asyncio.AbstractEventLoop, reader: int, output: OutputBuffer) -> None:
+        try:
+            chunk = os.read(reader, _CHUNK_BYTES)
+        except BlockingIOError:
+            return
+        if not chunk:
+            loop.remove_reader(reader)
+        output.feed(chunk)
+
+    async def _wait(self, process: asyncio.subprocess.Process, stdin: bytes, timeout_s: float) -> bool:
+        """True if it had to be killed for the time; kills it on cancellation too."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                if process.stdin is not None:
+                    await _write(process.stdin, stdin)
+                await process.wait()
+            return False
+        except TimeoutError:
+            await asyncio.shield(self._kill_until_ended(process))
+            return True
+        except asyncio.CancelledError:
+            await asyncio.shield(self._kill_until_ended(process))
+            raise
+
+    async def _kill_until_ended(self, process: asyncio.subprocess.Process) -> None:
+        for _ in range(int(_KILL_PATIENCE_S / _KILL_EVERY_S)):
+            await self._clear()
+            try:
+                async with asyncio.timeout(_KILL_EVERY_S):
+                    await process.wait()
+                return
+            except TimeoutError:
+                continue
+        self._kill_init()
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+    async def _clear(self) -> None:
+        if self._process is not None and self._process.stdin is not None and not self._process.stdin.is_closing():
+            self._process.stdin.write(b"kill\n")
+
+    def _require_init(self) -> None:
+        if (
+            self._process is None
+            or self._process.returncode is not None
+            or not os.path.exists(f"/proc/{self._init_pid}")
+        ):
+            raise SandboxFailed("sandbox: it died (its PID 1 is gone: time to live over, out of memory, or killed)")
+
+    def _procs_files(self) -> list[str]:
+        return self._cgroup.procs_files() if self._cgroup else []
+
+    def _rlimits(self) -> str:
+        limits = self.spec.limits
+        return f"ulimit -v {limits.memory_bytes // 1024} -u {limits.pids}\n"
+
+    def _kill_init(self) -> None:
+        """SIGKILL; `unshare --kill-child` and the pid namespace take the rest along."""
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+
+    async def _destroy(self) -> None:
+        if self._process is not None:
+            if self._process.stdin is not None:
+                self._process.stdin.close()
+            self._kill_init()
+            await self._process.wait()
+        if self._cgroup is not None:
+            await _until(self._cgroup.remove)
+
+
+def local_unavailable() -> str | None:
+    """Why local sandboxes can't run here and what to do; None if they can. Blocking, fast."""
+    missing = missing_tools()
+    if missing:
+        return f"missing programs: {', '.join(missing)}; install util-linux, bash, git and tar"
+    namespaces = ["--mount", "--pid", "--net", "--ipc", "--uts"]
+    if os.geteuid() != 0:
+        namespaces += ["--user", "--map-root-user"]
+    try:
+        probe = subprocess.run(
+            ["unshare", *namespaces, "--fork", "true"], capture_output=True, timeout=10, env={"PATH": _tool_path()}
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"unshare failed ({error}); {_REMEDY}"
+    if probe.returncode != 0:
+        return f"{probe.stderr.decode('utf-8', 'replace').strip()}; {_REMEDY}"
+    return None
+
+
+def sweep_local(run: str, is_ours: Callable[[str], bool]) -> int:
+    """Kill what is left on this host of the local sandboxes of `run` whose session `is_ours`
+    accepts; about how many. Blocking, bounded."""
+    prefix = _marker(run, "")
+    found = 0
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and any(
+            part.startswith(prefix) and is_ours(part.removeprefix(prefix)) for part in _command_line(entry)
+        ):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(int(entry), signal.SIGKILL)
+                found += 1
+    return max(found, cgroups.sweep(run, is_ours))
+
+
+def _marker(run: str, session: str) -> str:
+    """Stands in the command lines of a local sandbox's first processes, for `sweep_local`."""
+    return f"thunder-sandbox:{cgroups.safe_name(run)}:{session and cgroups.safe_name(session)}"
+
+
+def _command_line(pid: str) -> list[str]:
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read().decode("utf-8", "replace").split("\0")
+    except OSError:
+        return []
+
+
+def _tool_path() -> str:
+    return os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
+
+
+async def _write(pipe: asyncio.StreamWriter, content: bytes) -> None:
+    try:
+        pipe.write(content)
+        await pipe.drain()
+        pipe.close()
+        await pipe.wait_closed()
+    except (BrokenPipeError, ConnectionResetError):
+        pass
+
+
+async def _until(done: Callable[[], bool], every_s: float = 0.005) -> None:
+    for _ in itertools.count():
+        if done():
+            return
+        await asyncio.sleep(every_s)
+
+
+def _drain(reader: int, output: OutputBuffer) -> None:
+    """What the command wrote before it ended is at most one pipe's fill."""
+    left = _CHUNK_BYTES
+    while left > 0:
+        try:
+            chunk = os.read(reader, left)
+        except BlockingIOError:
+            return
+        if not chunk:
+            return
+        output.feed(chunk)
+        left -= len(chunk)

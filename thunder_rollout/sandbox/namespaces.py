@@ -1,0 +1,180 @@
+"""The file system and namespaces of a local sandbox, as shell scripts for util-linux.
+
+Two stages, the first `exec`ing the second. *Build* runs in a mount namespace of its own and makes
+the new root: a tmpfs of limited size with read-only binds of the host's programs and interpreter.
+*Enter* runs as PID 1 of fresh user, mount, pid, network, ipc, uts and cgroup namespaces, swaps
+the roots (so that the host's is gone, not hidden), drops capabilities and becomes `INIT_SCRIPT`.
+
+Under root, the sandbox's root is the unprivileged host user `SANDBOX_UID`; otherwise it is the
+user himself. Either way nothing inside has power over anything outside.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import sys
+from pathlib import Path
+from shlex import quote
+
+from thunder_rollout.sandbox.gitdiff import SCRATCH
+from thunder_rollout.sandbox.protocol import SandboxLimits
+from thunder_rollout.sandbox.shell import INIT_SCRIPT
+
+SANDBOX_UID = 64_931  # outside Debian's ranges for users and for systemd's dynamic users
+SCRATCH_BYTES = 256 * 1024**2
+TOOLS = ("bash", "unshare", "nsenter", "setpriv", "mount", "umount", "pivot_root", "git", "tar")
+
+# The mount point of the new root until the roots are swapped. Any folder that surely exists and
+# holds no program will do: inside a private mount namespace nobody else sees it covered.
+_STAGE = "/sys"
+_PROGRAMS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
+_ETC = ("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "alternatives", "mime.types", "localtime")
+_DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
+_FOLDERS = ("dev/shm", "etc", "home", "proc", "root", "run", "testbed", "tmp", "var/tmp", SCRATCH.lstrip("/"))
+_TEXTS = {
+    "etc/passwd": "root:x:0:0:root:/root:/bin/bash\nnobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n",
+    "etc/group": "root:x:0:\nnogroup:x:65534:\n",
+    "etc/hosts": "127.0.0.1 localhost sandbox\n",
+    "etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files\n",
+}
+_LINKS = {"dev/fd": "/proc/self/fd", "dev/stdin": "fd/0", "dev/stdout": "fd/1", "dev/stderr": "fd/2"}
+
+_LOOPBACK_UP = (
+    "import fcntl,socket,struct;socket.sethostname('sandbox');"
+    "fcntl.ioctl(socket.socket(),0x8914,struct.pack('16sh14x',b'lo',0x41))"
+)
+_DROP_CAPABILITIES = (
+    "setpriv",
+    "--bounding-set=-all,+chown,+dac_override,+fowner,+fsetid,+kill,+setgid,+setuid",
+    "--inh-caps=-all",
+    "--no-new-privs",
+    "--",
+)
+_BECOME_SANDBOX_USER = ("setpriv", f"--reuid={SANDBOX_UID}", f"--regid={SANDBOX_UID}", "--clear-groups", "--")
+_NAMESPACES = ("--mount", "--pid", "--net", "--ipc", "--uts", "--cgroup")
+
+# $1 = files to write the process id to, colon separated; then a command.
+_PLACE = 'IFS=:; for procs in $1; do echo $$ > "$procs"; done; shift; exec "$@"'
+
+
+def start_argv(limits: SandboxLimits, *, procs_files: list[str], marker: str) -> list[str]:
+    """The command that becomes a sandbox. It prints "ready <host pid of PID 1>", then reads
+    `INIT_SCRIPT`'s commands from stdin. `marker` stands in the command lines, for the reaper."""
+    root = os.geteuid() == 0
+    unshare = ["unshare", *_NAMESPACES, "--fork", "--kill-child"]
+    enter = [*unshare, "--", "bash", "-c", _enter_script(marker, math.ceil(limits.ttl_s)), marker]
+    if root:
+        enter = [*_BECOME_SANDBOX_USER, "unshare", "--user", "--map-root-user", *enter[1:]]
+    build = f"{_build_script(limits)}\nexec {' '.join(quote(part) for part in enter)}\n"
+    outer = ["unshare", "--mount", "--propagation=private"]
+    if not root:
+        outer += ["--user", "--map-root-user"]
+    shield = ["bash", "-c", 'echo -900 > /proc/self/oom_score_adj; exec "$@"', marker] if root else []
+    return _placed(procs_files, [*shield, *outer, "--", "bash", "-c", build, marker])
+
+
+def exec_argv(
+    init_pid: int, script: str, args: tuple[str, ...], *, env: dict[str, str], procs_files: list[str]
+) -> list[str]:
+    """The command that runs `script` inside, as the sandbox's root and without capabilities.
+
+    `env` is set inside only: a task's variables (LD_PRELOAD, say) must not reach host programs.
+    """
+    nsenter = ["nsenter", f"--target={init_pid}", "--preserve-credentials", "--user", *_NAMESPACES, "--"]
+    if os.geteuid() == 0:
+        nsenter = [*_BECOME_SANDBOX_USER, *nsenter]
+    inside = [*_DROP_CAPABILITIES, "env", *(f"{key}={value}" for key, value in env.items())]
+    return _placed(procs_files, [*nsenter, *inside, "bash", "-c", script, "bash", *args])
+
+
+def inner_env() -> dict[str, str]:
+    """What every command sees: the interpreter first, git that trusts the tree, one CPU thread."""
+    path = dict.fromkeys([f"{sys.prefix}/bin", "/usr/local/bin", "/usr/bin", "/bin", "/usr/sbin", "/sbin"])
+    git = {"safe.directory": "*", "user.name": "agent", "user.email": "agent@localhost", "init.defaultBranch": "main"}
+    env = {
+        "PATH": ":".join(path),
+        "HOME": "/root",
+        "LANG": "C.UTF-8",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "GIT_CONFIG_COUNT": str(len(git)),
+    }
+    for name in ("OMP", "OPENBLAS", "MKL"):
+        env[f"{name}_NUM_THREADS"] = "1"
+    for index, (key, value) in enumerate(git.items()):
+        env |= {f"GIT_CONFIG_KEY_{index}": key, f"GIT_CONFIG_VALUE_{index}": value}
+    return env
+
+
+def missing_tools() -> list[str]:
+    path = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
+    return [tool for tool in TOOLS if shutil.which(tool, path=path) is None]
+
+
+def _placed(procs_files: list[str], argv: list[str]) -> list[str]:
+    return ["bash", "-c", _PLACE, "thunder-place", ":".join(procs_files), *argv] if procs_files else argv
+
+
+def _build_script(limits: SandboxLimits) -> str:
+    owner = SANDBOX_UID if os.geteuid() == 0 else 0
+    disk_bytes = min(limits.disk_bytes, limits.memory_bytes // 2)
+    programs = [Path(path) for path in _PROGRAMS if os.path.isdir(path) and not os.path.islink(path)]
+    links = {path.lstrip("/"): os.readlink(path) for path in _PROGRAMS if os.path.islink(path)} | _LINKS
+    etc = [Path("/etc", name) for name in _ETC if Path("/etc", name).exists()]
+    binds = [*programs, *_interpreter_folders(), *etc]
+    folders = [*_FOLDERS, *(str(path).lstrip("/") for path in binds if path.is_dir())]
+    files = [str(path).lstrip("/") for path in binds if not path.is_dir()] + [f"dev/{name}" for name in _DEVICES]
+    lines = [
+        "set -eu",
+        f"mount -t tmpfs -o size={disk_bytes},nr_inodes={max(4096, disk_bytes // 4096)},mode=755 thunder {_STAGE}",
+        f"cd {_STAGE}",
+        f"mkdir -p {_quoted(folders)}",
+        f"touch {_quoted(files)}",
+        *(f"printf %s {quote(text)} > {name}" for name, text in _TEXTS.items()),
+        *(f"ln -s {quote(target)} {quote(name)}" for name, target in links.items()),
+        f"chown -hR {owner}:{owner} .",
+        "chmod 1777 tmp var/tmp dev/shm",
+        f"mount -t tmpfs -o size={SCRATCH_BYTES},mode=700,uid={owner},gid={owner} thunder .{SCRATCH}",
+        *(_bind_line(path) for path in binds),
+        *(f"mount --bind /dev/{name} dev/{name}" for name in _DEVICES),
+    ]
+    return "\n".join(lines)
+
+
+def _enter_script(marker: str, ttl_s: int) -> str:
+    python = quote(sys.executable)
+    drop = " ".join(_DROP_CAPABILITIES)
+    return f"""
+set -eu
+read -r host_pid _ < /proc/self/stat
+mount --rbind {_STAGE} {_STAGE}
+cd {_STAGE}
+mount -t proc -o nosuid,nodev,noexec proc proc
+mkdir .host
+pivot_root . .host
+cd /
+umount -l /.host
+rmdir /.host
+{python} -I -S -c {quote(_LOOPBACK_UP)}
+echo "ready $host_pid"
+exec > /dev/null 2>&1
+exec {drop} bash -c {quote(INIT_SCRIPT)} {quote(marker)} {ttl_s}
+"""
+
+
+def _interpreter_folders() -> list[Path]:
+    """Where our Python and its packages live, outermost first; nothing that `_PROGRAMS` shows."""
+    candidates = {Path(sys.prefix), Path(sys.base_prefix), Path(sys.executable).resolve().parents[1]}
+    hidden = sorted(path for path in candidates if path.parts[1:2] not in {("usr",), ()})
+    return [path for path in hidden if not any(other != path and path.is_relative_to(other) for other in hidden)]
+
+
+def _bind_line(path: Path) -> str:
+    # A remount in a user namespace must repeat the flags that the host has locked.
+    noexec = ",noexec" if os.statvfs(path).f_flag & os.ST_NOEXEC else ""
+    return f"mount -o bind,ro,nosuid,nodev{noexec} {quote(str(path))} {quote('.' + str(path))}"
+
+
+def _quoted(names: list[str]) -> str:
+    return " ".join(quote(name) for name in names)

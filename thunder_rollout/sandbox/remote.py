@@ -1,0 +1,77 @@
+"""Sandboxes behind a host's Ray actor, as the agent loop, the grader and the scheduler see them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from thunder_rollout.errors import SandboxFailed
+from thunder_rollout.remote import remote_call
+from thunder_rollout.sandbox.config import BackendChoice
+from thunder_rollout.sandbox.host import HostStats
+from thunder_rollout.sandbox.protocol import ExecResult, SandboxSpec
+
+
+class RemoteSandboxHost:
+    """`handle` is what `create_sandbox_host` returned. A dead actor raises `SandboxFailed`."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    async def start(self, images: list[str]) -> str:
+        """See `SandboxHost.start`; the backend chosen, docker or local."""
+        choice: BackendChoice = await _call(self._handle.start.remote(images))
+        return choice.backend
+
+    async def stop(self) -> None:
+        await _call(self._handle.stop.remote())
+
+    async def prepare(self, program: str, spec: SandboxSpec) -> float:
+        took_s: float = await _call(self._handle.prepare.remote(program, spec))
+        return took_s
+
+    async def release(self, program: str) -> None:
+        await _call(self._handle.release.remote(program))
+
+    async def stats(self) -> HostStats:
+        stats: HostStats = await _call(self._handle.stats.remote())
+        return stats
+
+    async def num_running(self) -> int:
+        return (await self.stats()).num_running
+
+    def sandbox(self, program: str, spec: SandboxSpec) -> RemoteSandbox:
+        return RemoteSandbox(self._handle, program, spec)
+
+
+class RemoteSandbox:
+    """The `Sandbox` of one program on its host; `start` waits for the one prepared, if any."""
+
+    def __init__(self, handle: Any, program: str, spec: SandboxSpec) -> None:
+        self._handle = handle
+        self._program = program
+        self._spec = spec
+
+    async def start(self) -> None:
+        await _call(self._handle.acquire.remote(self._program, self._spec))
+
+    async def exec(self, command: str, *, timeout_s: float) -> ExecResult:
+        result: ExecResult = await _call(self._handle.exec.remote(self._program, command, timeout_s))
+        return result
+
+    async def read_file(self, path: str) -> bytes:
+        content: bytes = await _call(self._handle.read_file.remote(self._program, path))
+        return content
+
+    async def write_file(self, path: str, content: bytes) -> None:
+        await _call(self._handle.write_file.remote(self._program, path, content))
+
+    async def diff(self, base_commit: str) -> bytes:
+        patch: bytes = await _call(self._handle.diff.remote(self._program, base_commit))
+        return patch
+
+    async def stop(self) -> None:
+        await _call(self._handle.release.remote(self._program))
+
+
+async def _call(ref: Any) -> Any:
+    return await remote_call(ref, died=SandboxFailed, what="the sandbox host actor")

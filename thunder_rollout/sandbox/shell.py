@@ -1,0 +1,282 @@
+"""What Docker and local sandboxes share: everything is a shell script run inside.
+
+A backend provides four primitives (`_boot`, `_run`, `_alive`, `_destroy`); `ShellSandbox` makes
+the `Sandbox` contract out of them. Invariants:
+- one command at a time: calls on one sandbox queue up;
+- a command that times out, or whose call is cancelled, takes every process of the sandbox with
+  it except PID 1, daemons of earlier commands included. `kill -9 -1` from PID 1 is the one way
+  that neither `setsid` nor a fork bomb escapes. A command that ends in time leaves its
+  background processes running, as a container would;
+- PID 1 is `INIT_SCRIPT`. It ends with its stdin, so with whoever holds the other end, and after
+  its time to live; and the sandbox with it. It forks nothing, so no limit stops it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import logging
+import tarfile
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from thunder_rollout.errors import SandboxFailed
+from thunder_rollout.sandbox.gitdiff import DIFF_SCRIPT, NO_BASE, NO_REPOSITORY
+from thunder_rollout.sandbox.output import OutputBuffer
+from thunder_rollout.sandbox.protocol import ExecResult, SandboxSpec
+
+logger = logging.getLogger(__name__)
+
+TIMED_OUT = 124
+NOT_RUNNABLE = 126
+MAX_COMMAND_BYTES = 100_000  # Linux takes 128 KiB in one argument
+MAX_FILE_BYTES = 64 * 1024**2  # read_file and diff beyond it are refused, for the host's memory
+INTERNAL_TIMEOUT_S = 60.0  # reading and writing files, diffs
+DESTROY_TIMEOUT_S = 15.0
+
+# $1 = time to live in seconds; a line "kill" on stdin ends all other processes. bash blocks SIGCHLD
+# inside `read`, so the short timeout is what reaps orphans.
+INIT_SCRIPT = """
+trap '' HUP INT QUIT TERM PIPE
+while (( SECONDS < $1 )); do
+    IFS= read -r -t 0.5 line || (( $? > 128 )) || exit 0
+    [[ $line == kill ]] && kill -9 -1 2>/dev/null
+    line=
+done
+exit 0
+"""
+
+# $1 = workdir, $2 = the agent's command. First to be killed when memory runs out.
+EXEC_SCRIPT = """
+{ echo 500 > /proc/self/oom_score_adj; } 2>/dev/null
+cd -- "$1" 2>/dev/null || { echo "bash: cd: $1: the working directory is gone" >&2; cd /; }
+exec bash -c "$2"
+"""
+
+_MISSING = 44
+_READ_SCRIPT = f'[ -f "$1" ] || exit {_MISSING}; exec cat -- "$1"'
+_WRITE_SCRIPT = 'mkdir -p -- "$(dirname -- "$1")" && head -c "$2" > "$1"'
+_UNPACK_SCRIPT = 'head -c "$1" | tar -x -f - -C / --no-same-owner --keep-directory-symlink'
+_WORKDIR_SCRIPT = 'cd -- "$1" && { git rev-parse -q --verify HEAD 2>/dev/null || true; }'
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exit:
+    code: int
+    timed_out: bool
+
+
+class ShellSandbox(ABC):
+    """The `Sandbox` contract over shell scripts; see the module's docstring."""
+
+    def __init__(self, spec: SandboxSpec, *, start_timeout_s: float = 120.0) -> None:
+        self.spec = spec
+        self._start_timeout_s = start_timeout_s
+        self._lock = asyncio.Lock()
+        self._stopping: asyncio.Task[None] | None = None
+        self._started = False
+        self._first_head = ""  # HEAD of the workdir when the sandbox started; "" without git
+
+    @abstractmethod
+    async def _boot(self) -> None:
+        """Bring PID 1 up. Raises `SandboxFailed`. May leave parts behind: `_destroy` follows."""
+
+    @abstractmethod
+    async def _run(
+        self,
+        script: str,
+        args: tuple[str, ...],
+        *,
+        stdin: bytes,
+        env: dict[str, str],
+        timeout_s: float,
+        output: OutputBuffer,
+        merge_stderr: bool,
+    ) -> Exit:
+        """Run `bash -c script` inside as root in the workdir's `/`, feeding `output`.
+
+        Returns when the script's shell has ended, though its children may hold the output.
+        On timeout and on cancellation every process but PID 1 is dead before it ends. Raises
+        `SandboxFailed` if PID 1 is gone.
+        """
+
+    @abstractmethod
+    async def _destroy(self) -> None:
+        """Remove everything the sandbox owns; also after a failed or half-done `_boot`."""
+
+    async def start(self) -> None:
+        if self._started or self._stopping is not None:
+            raise SandboxFailed("sandbox: it was started or stopped before; make a new one")
+        self._started = True
+        try:
+            async with asyncio.timeout(self._start_timeout_s):
+                await self._boot()
+                await self._populate()
+        except BaseException as error:
+            await self.stop()
+            if isinstance(error, TimeoutError):
+                raise SandboxFailed(
+                    f"sandbox: not ready after {self._start_timeout_s:.0f} s; raise sandbox.start_timeout_s"
+                ) from error
+            raise
+
+    async def _populate(self) -> None:
+        spec = self.spec
+        if spec.files:
+            archive = _tar(spec.files)
+            await self._internal(_UNPACK_SCRIPT, str(len(archive)), stdin=archive, what="files")
+        if spec.setup:
+            output = OutputBuffer(4096)
+            done = await self._run(
+                EXEC_SCRIPT,
+                ("/", spec.setup),
+                stdin=b"",
+                env=spec.env,
+                timeout_s=spec.setup_timeout_s,
+                output=output,
+                merge_stderr=True,
+            )
+            if done.code != 0:
+                how = f"took over {spec.setup_timeout_s:.0f} s" if done.timed_out else f"exit code {done.code}"
+                raise SandboxFailed(f"sandbox: the task's setup failed ({how}): {output.text()[-1000:]}")
+        head = await self._internal(_WORKDIR_SCRIPT, spec.workdir, what=f"workdir {spec.workdir!r} must exist")
+        self._first_head = head.decode("ascii", "replace").strip()
+
+    async def exec(self, command: str, *, timeout_s: float) -> ExecResult:
+        began_s = time.monotonic()
+        problem = _unrunnable(command)
+        if problem:
+            return ExecResult(exit_code=NOT_RUNNABLE, output=problem, timed_out=False, took_s=0.0)
+        output = OutputBuffer(self.spec.limits.output_bytes)
+        async with self._lock:
+            self._require_running()
+            done = await self._run(
+                EXEC_SCRIPT,
+                (self.spec.workdir, command.encode("utf-8", "replace").decode()),
+                stdin=b"",
+                env=self.spec.env,
+                timeout_s=timeout_s,
+                output=output,
+                merge_stderr=True,
+            )
+        return ExecResult(
+            exit_code=TIMED_OUT if done.timed_out else done.code,
+            output=output.text(),
+            timed_out=done.timed_out,
+            took_s=time.monotonic() - began_s,
+        )
+
+    async def read_file(self, path: str) -> bytes:
+        async with self._lock:
+            self._require_running()
+            return await self._internal(_READ_SCRIPT, path, what=f"read {path!r}", missing=path)
+
+    async def write_file(self, path: str, content: bytes) -> None:
+        async with self._lock:
+            self._require_running()
+            await self._internal(_WRITE_SCRIPT, path, str(len(content)), stdin=content, what=f"write {path!r}")
+
+    async def diff(self, base_commit: str) -> bytes:
+        """See `Sandbox.diff`; "HEAD" means the HEAD the sandbox started with. b"" also if the
+        agent has destroyed the repository: it leaves no patch. Raises `SandboxFailed` if there
+        never was one, or `base_commit` isn't in it."""
+        base = self._first_head if base_commit == "HEAD" else base_commit
+        if not self._first_head:
+            raise SandboxFailed(f"sandbox: {self.spec.workdir} is not a git repository with a commit; fix the task")
+        async with self._lock:
+            self._require_running()
+            try:
+                return await self._internal(DIFF_SCRIPT, base, what="diff", in_workdir=True)
+            except _ScriptFailed as error:
+                lost = error.code == NO_REPOSITORY or (error.code == NO_BASE and base == self._first_head)
+                if not lost:
+                    raise
+                logger.warning("sandbox: the repository in %s is destroyed; no patch", self.spec.workdir)
+                return b""
+
+    async def stop(self) -> None:
+        if self._stopping is None:
+            self._stopping = asyncio.create_task(self._stop())
+        await asyncio.shield(self._stopping)
+
+    async def _stop(self) -> None:
+        try:
+            async with asyncio.timeout(DESTROY_TIMEOUT_S):
+                await self._destroy()
+        except TimeoutError:
+            logger.error("sandbox: not removed within %.0f s; the reaper will", DESTROY_TIMEOUT_S)
+
+    def _require_running(self) -> None:
+        if not self._started or self._stopping is not None:
+            raise SandboxFailed("sandbox: not running (never started, or already stopped)")
+
+    async def _internal(
+        self,
+        script: str,
+        *args: str,
+        what: str,
+        stdin: bytes = b"",
+        missing: str | None = None,
+        in_workdir: bool = False,
+    ) -> bytes:
+        """Run our own script; its stdout. A sandbox too full of processes is cleared for it."""
+        if any("\0" in arg for arg in args):
+            raise FileNotFoundError(missing or what)
+        if in_workdir:
+            script = f"cd -- {_quote(self.spec.workdir)}\n{script}"
+        for attempt in (1, 2):
+            output = OutputBuffer(MAX_FILE_BYTES)
+            done = await self._run(
+                script, args, stdin=stdin, env={}, timeout_s=INTERNAL_TIMEOUT_S, output=output, merge_stderr=False
+            )
+            if done.code == 0 and not output.cut_bytes:
+                return output.content()
+            if done.code == 0:
+                raise SandboxFailed(f"sandbox: {what}: over {MAX_FILE_BYTES} bytes")
+            if missing is not None and done.code == _MISSING:
+                raise FileNotFoundError(missing)
+            if attempt == 2 or done.code in (NO_REPOSITORY, NO_BASE):
+                break
+            await self._clear()
+        raise _ScriptFailed(f"sandbox: {what}: failed with exit code {done.code}", done.code)
+
+    @abstractmethod
+    async def _clear(self) -> None:
+        """End every process but PID 1."""
+
+
+class _ScriptFailed(SandboxFailed):
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message, code)
+        self.code = code
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def _unrunnable(command: str) -> str:
+    if "\0" in command:
+        return "bash: the command contains a NUL character, which no shell can run"
+    size_bytes = len(command.encode("utf-8", "replace"))
+    if size_bytes > MAX_COMMAND_BYTES:
+        return f"bash: the command is too long ({size_bytes} bytes, at most {MAX_COMMAND_BYTES})"
+    return ""
+
+
+def _quote(text: str) -> str:
+    return "'" + text.replace("'", "'\\''") + "'"
+
+
+def _tar(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for path, content in sorted(files.items()):
+            if not path.startswith("/"):
+                raise SandboxFailed(f"sandbox: files: {path!r} must be an absolute path")
+            entry = tarfile.TarInfo(path.lstrip("/"))
+            entry.size = len(content)
+            entry.mode = 0o755 if content.startswith(b"#!") else 0o644
+            entry.mtime = int(time.time())
+            archive.addfile(entry, io.BytesIO(content))
+    return buffer.getvalue()
