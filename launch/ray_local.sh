@@ -7,11 +7,18 @@ BIN=${BIN:-$PWD/.venv/bin}
 PORT=${PORT:-6379}
 NUM_CPUS=${NUM_CPUS:-$(nproc)}
 NUM_GPUS=${NUM_GPUS:-0}
+export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}  # else whoever reaches the port runs code here
+
+"$BIN/ray" get-auth-token --generate >/dev/null
 
 "$BIN/ray" start --head --block --port="$PORT" --num-cpus="$NUM_CPUS" \
   --num-gpus="$NUM_GPUS" --include-dashboard=false --disable-usage-stats &
 head=$!
 trap 'kill "$head" 2>/dev/null; wait "$head" || true' EXIT
-until "$BIN/ray" health-check --address="127.0.0.1:$PORT"; do kill -0 "$head"; sleep 1; done
+for _ in {1..60}; do
+  if "$BIN/ray" health-check --address="127.0.0.1:$PORT"; then break; fi
+  kill -0 "$head"
+  sleep 1
+done
 
 "$BIN/thunder-rollout" rollout ray.address="127.0.0.1:$PORT" "$@"
