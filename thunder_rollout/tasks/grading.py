@@ -1,0 +1,210 @@
+"""The verdict on an agent's patch: hidden tests in a fresh sandbox.
+
+Whatever the patch does wrong (doesn't apply, breaks the tests, makes them hang) is the agent's
+failure, a reward of 0 with its reason. Whatever keeps the grader from a verdict (the sandbox
+can't start or dies, the image can't run tests, the hidden tests don't go in) is
+`GradingFailed`, never a reward.
+
+The patch decides nothing about how it is judged: what it says about the hidden tests' files,
+pytest's configuration and plugins, or Python's start-up is left out when it is applied. Code
+that attacks the test process from inside is not yet kept out.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shlex
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+
+from thunder_rollout.errors import ConfigError, GradingFailed, SandboxFailed, TaskError
+from thunder_rollout.sandbox.protocol import ExecResult, Sandbox
+from thunder_rollout.tasks.report import BadReport, passed_by_test
+from thunder_rollout.tasks.task import Task
+
+MakeSandbox = Callable[[], AbstractAsyncContextManager[Sandbox]]
+
+# Paths (git wildcards; `*` crosses folders) by which a patch could change its own judge.
+_JUDGE_NAMES = ("conftest.py", "pytest.ini", ".pytest.ini", "pytest.toml", ".pytest.toml", "tox.ini", "setup.cfg",
+                "pyproject.toml", "sitecustomize.py", "usercustomize.py")  # fmt: skip
+_JUDGE_FOLDERS = ("pytest", "_pytest", "pluggy", "*.egg-info", "*.dist-info")
+_JUDGE_PATTERNS = (
+    *(pattern for name in _JUDGE_NAMES for pattern in (name, f"*/{name}")),
+    *(f"{folder}/*" for folder in _JUDGE_FOLDERS),
+    "pytest.py",
+    "*.pth",
+    "*.pyc",
+)
+_GIT = "git -c safe.directory='*' -c core.hooksPath=/dev/null"
+_MAX_REPORT_BYTES = 64 * 1024**2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradingConfig:
+    test_timeout_s: float = 300.0  # beyond it the tests count as failed by the patch
+    step_timeout_s: float = 60.0  # each of the grader's own commands; beyond it grading failed
+
+    def __post_init__(self) -> None:
+        for name in ("test_timeout_s", "step_timeout_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"grading.{name}={getattr(self, name)!r}: must be > 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grade:
+    """`passed` and `failed` are the task's FAIL_TO_PASS and PASS_TO_PASS tests; both are empty
+    where no test ran. `reason` says in a few words why; `log` is the tests' output."""
+
+    resolved: bool
+    reward: float
+    passed: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()
+    log: str = ""
+    reason: str = ""
+
+
+async def grade(task: Task, patch: bytes, make_sandbox: MakeSandbox, *, config: GradingConfig | None = None) -> Grade:
+    """Judge `patch` (a binary git diff against `base_commit`).
+
+    `make_sandbox` gives one fresh sandbox, started and stopped by its context (see
+    `environment`); an empty patch needs none. Raises `GradingFailed`, and `TaskError` for a task
+    that nobody could grade.
+    """
+    _check_gradable(task)
+    if not patch.strip():
+        return _failed("empty patch")
+    try:
+        async with make_sandbox() as sandbox:
+            return await _Grading(task, sandbox, config or GradingConfig()).judge(patch)
+    except SandboxFailed as error:
+        raise GradingFailed(f"task {task.instance_id}: the grading sandbox failed: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Grading:
+    """One verdict in one started sandbox."""
+
+    task: Task
+    sandbox: Sandbox
+    config: GradingConfig
+    scratch: str = field(default_factory=lambda: f"/tmp/grading-{secrets.token_hex(8)}")
+
+    async def judge(self, patch: bytes) -> Grade:
+        await self._must(f"mkdir -p {self.scratch}", "make room for the grader's files")
+        if trouble := await self._apply_agent_patch(patch):
+            return _failed(f"the patch doesn't apply: {trouble}", log=trouble)
+        if trouble := await self._put_hidden_tests():
+            return _failed(f"the patch is in the hidden tests' way: {trouble}", log=trouble)
+        result = await self._run_tests()
+        if result.timed_out:
+            await self._must("true", "answer after the tests timed out")
+            return _failed("tests timed out", log=result.output)
+        try:
+            verdicts = passed_by_test(await self._report())
+        except (BadReport, FileNotFoundError) as error:
+            await self._must(f"cd / && {self.task.test_command} --version", "run the tests' command at all")
+            return _failed(f"the tests left no report: {error}", log=result.output)
+        return self._verdict(verdicts, result.output)
+
+    async def _apply_agent_patch(self, patch: bytes) -> str:
+        """What git says against the patch, "" if it applied."""
+        excluded = [*_JUDGE_PATTERNS, *(_git_literal(path) for path in self._hidden_paths())]
+        exclude = " ".join(f"--exclude={shlex.quote(pattern)}" for pattern in excluded)
+        file = f"{self.scratch}/agent.patch"
+        await self.sandbox.write_file(file, patch)
+        result = await self._step(f"{_GIT} apply --whitespace=nowarn {exclude} {file}", "apply the agent's patch")
+        return _last_line(result) if result.exit_code else ""
+
+    async def _put_hidden_tests(self) -> str:
+        """What stands in the way of the task's tests, "" if they are in place."""
+        for path, text in self.task.test_files.items():
+            folder = str(PurePosixPath(path).parent)
+            made = await self._step(
+                f"rm -rf -- {shlex.quote(path)} && mkdir -p -- {shlex.quote(folder)}", "make place for a hidden test"
+            )
+            if made.exit_code:
+                return _last_line(made)
+            await self.sandbox.write_file(f"{self.task.workdir}/{path}", text.encode())
+        if self.task.test_patch and not self.task.test_files:
+            file = f"{self.scratch}/test.patch"
+            await self.sandbox.write_file(file, self.task.test_patch.encode())
+            await self._must(f"{_GIT} apply --whitespace=nowarn {file}", "apply test_patch")
+        return ""
+
+    async def _run_tests(self) -> ExecResult:
+        files = dict.fromkeys(test.partition("::")[0] for test in self._wanted())
+        arguments = " ".join(shlex.quote(file) for file in files)
+        command = f"{self.task.test_command} -o junit_family=xunit1 --junitxml={self.scratch}/report.xml {arguments}"
+        return await self.sandbox.exec(command, timeout_s=self.config.test_timeout_s)
+
+    async def _report(self) -> bytes:
+        """Raises `FileNotFoundError` or `BadReport`."""
+        path = f"{self.scratch}/report.xml"
+        size = await self._step(f"stat -c %s {path}", "look for the report")
+        if size.exit_code:
+            raise FileNotFoundError("no report was written")
+        if not size.output.strip().isdecimal() or int(size.output) > _MAX_REPORT_BYTES:
+            raise BadReport(f"the report has more than {_MAX_REPORT_BYTES} bytes")
+        return await self.sandbox.read_file(path)
+
+    def _verdict(self, verdicts: dict[str, bool], log: str) -> Grade:
+        passed = tuple(test for test in self._wanted() if verdicts.get(test))
+        failed = tuple(test for test in self._wanted() if not verdicts.get(test))
+        if not failed:
+            return Grade(resolved=True, reward=1.0, passed=passed, log=log, reason="all tests pass")
+        missing = sum(test not in verdicts for test in failed)
+        reason = f"{len(failed)} of {len(passed) + len(failed)} tests don't pass"
+        if missing:
+            reason += f", {missing} of them didn't run"
+        return Grade(resolved=False, reward=0.0, passed=passed, failed=failed, log=log, reason=reason)
+
+    def _wanted(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(self.task.fail_to_pass + self.task.pass_to_pass))
+
+    def _hidden_paths(self) -> list[str]:
+        if self.task.test_files:
+            return list(self.task.test_files)
+        return _patched_paths(self.task.test_patch)
+
+    async def _must(self, command: str, purpose: str) -> None:
+        result = await self._step(command, purpose)
+        if result.exit_code:
+            raise GradingFailed(f"task {self.task.instance_id}: the sandbox can't {purpose}: {_last_line(result)}")
+
+    async def _step(self, command: str, purpose: str) -> ExecResult:
+        """One of the grader's own commands, which take no time in a healthy sandbox."""
+        result = await self.sandbox.exec(command, timeout_s=self.config.step_timeout_s)
+        if result.timed_out:
+            raise GradingFailed(f"task {self.task.instance_id}: it took over {result.took_s:.0f} s to {purpose}")
+        return result
+
+
+def _check_gradable(task: Task) -> None:
+    for test in task.fail_to_pass + task.pass_to_pass:
+        if "::" not in test:
+            raise TaskError(
+                f"task {task.instance_id}: {test!r} in FAIL_TO_PASS or PASS_TO_PASS isn't a pytest node id "
+                "(path::test); only pytest suites can be graded"
+            )
+
+
+def _failed(reason: str, log: str = "") -> Grade:
+    return Grade(resolved=False, reward=0.0, log=log, reason=reason)
+
+
+def _patched_paths(patch: str) -> list[str]:
+    """The files a git patch writes or removes."""
+    paths = [line[6:].split("\t")[0] for line in patch.splitlines() if line.startswith(("--- a/", "+++ b/"))]
+    return list(dict.fromkeys(paths))
+
+
+def _git_literal(path: str) -> str:
+    """A git wildcard that matches `path` alone."""
+    return "".join(f"\\{letter}" if letter in "*?[]\\" else letter for letter in path)
+
+
+def _last_line(result: ExecResult) -> str:
+    lines = result.output.strip().splitlines()
+    return lines[-1] if lines else f"exit code {result.exit_code}"

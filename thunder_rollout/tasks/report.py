@@ -1,0 +1,40 @@
+"""Verdicts test by test, read from pytest's JUnit report.
+
+What a test prints can't pass for a verdict: only the report's structure is read. A test that
+appears twice passes only if it passed each time; skipped and expected failures are not passes.
+"""
+
+from __future__ import annotations
+
+from xml.etree import ElementTree
+
+_NOT_PASSED = ("failure", "error", "skipped")
+
+
+class BadReport(ValueError):
+    """Not a JUnit report."""
+
+
+def passed_by_test(report: bytes) -> dict[str, bool]:
+    """Node id (`path::Class::name`) to whether it passed. The report's family must be xunit1,
+    the one that names the file. Raises `BadReport`."""
+    if b"<!ENTITY" in report:
+        raise BadReport("the report declares entities")
+    try:
+        cases = list(ElementTree.fromstring(report).iter("testcase"))
+    except ElementTree.ParseError as error:
+        raise BadReport(f"the report isn't XML: {error}") from None
+    verdicts: dict[str, bool] = {}
+    for case in cases:
+        test = _node_id(case)
+        passed = not any(case.find(tag) is not None for tag in _NOT_PASSED)
+        verdicts[test] = verdicts.get(test, True) and passed
+    return verdicts
+
+
+def _node_id(case: ElementTree.Element) -> str:
+    """pytest writes `classname` as the dotted path and then the classes."""
+    file, dotted, name = case.get("file", ""), case.get("classname", ""), case.get("name", "")
+    module = file.removesuffix(".py").replace("/", ".")
+    classes = dotted.removeprefix(module).strip(".")
+    return "::".join([file, *(classes.split(".") if classes else ()), name])
