@@ -1,0 +1,44 @@
+"""`RemoteEngine`: the engine Protocol on an engine actor's handle."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from thunder_rollout.engine.protocol import EngineInfo, EngineStats, GenerateRequest, Generation
+from thunder_rollout.errors import EngineDied
+from thunder_rollout.remote import remote_call
+
+
+class RemoteEngine:
+    """Picklable, so that it can be handed to other actors. A dead actor is `EngineDied`; cancelling
+    a call cancels it in the actor, which aborts the turn."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    async def start(self) -> EngineInfo:
+        info: EngineInfo = await self._call(self._handle.start.remote())
+        return info
+
+    async def generate(self, request: GenerateRequest) -> Generation:
+        generation: Generation = await self._call(self._handle.generate.remote(request))
+        return generation
+
+    async def abort(self, request_id: str) -> None:
+        await self._call(self._handle.abort.remote(request_id))
+
+    async def stats(self) -> EngineStats:
+        stats: EngineStats = await self._call(self._handle.stats.remote())
+        return stats
+
+    async def reset_prefix_cache(self) -> None:
+        await self._call(self._handle.reset_prefix_cache.remote())
+
+    async def stop(self) -> None:
+        """Idempotent also where the actor is gone."""
+        with contextlib.suppress(EngineDied):
+            await self._call(self._handle.stop.remote())
+
+    async def _call(self, ref: Any) -> Any:
+        return await remote_call(ref, died=EngineDied, what="the engine actor")

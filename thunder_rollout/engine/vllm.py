@@ -1,0 +1,295 @@
+"""`VllmEngine`: the engine Protocol over vLLM's `AsyncLLM`.
+
+vLLM is imported by `start`, never before: it reads its environment when it is imported. What vLLM
+raises becomes one of our errors here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import logging
+import os
+import sys
+from dataclasses import fields
+from typing import Any
+
+from thunder_rollout.core.events import FinishReason
+from thunder_rollout.engine.config import EngineConfig, check_model_folder
+from thunder_rollout.engine.protocol import EngineInfo, EngineStats, GenerateRequest, Generation, Sampling
+from thunder_rollout.engine.request_check import RequestLimits, check_request
+from thunder_rollout.errors import ConfigError, EngineDied, RequestError, ThunderError
+
+logger = logging.getLogger(__name__)
+
+_STOP_GRACE_S = 1.0  # an engine has nothing to save; its processes are killed after this
+
+# vLLM reports a repeated pattern (its own detector) under a reason of its own; it ended the turn.
+_FINISH_REASONS = {"repetition": FinishReason.STOP} | {str(reason): reason for reason in FinishReason}
+
+
+class VllmEngine:
+    """One engine; starts once. `stop` must be awaited, also after a failed or cancelled `start`."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._engine: Any = None
+        self._loading: asyncio.Task[Any] | None = None
+        self._stopped = False
+        self._gauges = _Gauges()
+        self._in_flight: set[str] = set()
+        self._totals = {"prompt": 0, "cached": 0, "output": 0}
+        self._limits: RequestLimits
+        self._capacity_tokens = 0
+
+    async def start(self) -> EngineInfo:
+        if self._loading is not None:
+            raise ConfigError("an engine starts once; make another")
+        check_model_folder(self._config.model)
+        self._loading = asyncio.create_task(asyncio.to_thread(_load, self._config, self._gauges))
+        self._engine = await asyncio.shield(self._loading)
+        vllm_config = self._engine.vllm_config
+        self._capacity_tokens = _capacity_tokens(vllm_config)
+        self._limits = RequestLimits(
+            vocab_size=vllm_config.model_config.get_vocab_size(),
+            max_model_len=vllm_config.model_config.max_model_len,
+            capacity_tokens=self._capacity_tokens,
+            seeds=self._config.device != "cpu",
+        )
+        return EngineInfo(
+            capacity_tokens=self._capacity_tokens,
+            block_size=vllm_config.cache_config.block_size,
+            max_running=vllm_config.scheduler_config.max_num_seqs,
+            max_model_len=vllm_config.model_config.max_model_len,
+            model=self._config.model,
+        )
+
+    async def generate(self, request: GenerateRequest) -> Generation:
+        engine = self._alive()
+        prompt_ids = check_request(request, self._limits)
+        if request.request_id in self._in_flight:
+            raise RequestError(f"request {request.request_id}: request_id: a turn of this id is still running")
+        self._in_flight.add(request.request_id)
+        try:
+            output = await self._final_output(engine, request, prompt_ids)
+        finally:
+            self._in_flight.discard(request.request_id)
+        generation = _to_generation(output, num_prompt=len(prompt_ids))
+        self._totals["prompt"] += generation.prompt_tokens
+        self._totals["cached"] += generation.cached_tokens
+        self._totals["output"] += len(generation.token_ids)
+        return generation
+
+    async def abort(self, request_id: str) -> None:
+        await self._alive().abort(request_id)
+
+    async def stats(self) -> EngineStats:
+        self._alive()
+        gauges, idle = self._gauges, not self._in_flight  # vLLM reports only while it works
+        return EngineStats(
+            used_tokens=0 if idle else round(gauges.kv_usage * self._capacity_tokens),
+            running=0 if idle else gauges.running,
+            waiting=0 if idle else gauges.waiting,
+            prompt_tokens=self._totals["prompt"],
+            cached_tokens=self._totals["cached"],
+            output_tokens=self._totals["output"],
+            preemptions=gauges.preemptions,
+        )
+
+    async def reset_prefix_cache(self) -> None:
+        """vLLM forgets all or nothing: where turns run, they are preempted and computed again."""
+        engine = self._alive()
+        if not await engine.reset_prefix_cache():
+            await engine.reset_prefix_cache(reset_running_requests=True)
+
+    async def stop(self) -> None:
+        self._stopped = True
+        if self._loading is None:
+            return
+        await asyncio.wait([self._loading])
+        if not self._loading.cancelled() and self._loading.exception() is None:
+            await asyncio.to_thread(self._loading.result().shutdown, _STOP_GRACE_S)
+
+    def _alive(self) -> Any:
+        if self._engine is None or self._stopped:
+            raise EngineDied(f"engine {self._config.model} is not running")
+        if self._engine.errored:
+            raise EngineDied(f"engine {self._config.model} died; its log has the cause")
+        return self._engine
+
+    async def _final_output(self, engine: Any, request: GenerateRequest, prompt_ids: list[int]) -> Any:
+        from vllm.inputs import tokens_input
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        outputs = engine.generate(
+            tokens_input(prompt_ids),
+            _sampling_params(request.sampling),
+            request.request_id,
+            priority=request.priority,
+        )
+        try:
+            async for output in outputs:
+                if output.finished:
+                    return output
+        except asyncio.CancelledError:
+            # vLLM aborts a turn that was cancelled while it ran, not one cancelled while being added
+            await asyncio.shield(engine.abort(request.request_id))
+            raise
+        except EngineDeadError as error:
+            raise EngineDied(f"engine {self._config.model} died; its log has the cause") from error
+        except (EngineGenerateError, ValueError, TypeError) as error:
+            if engine.errored or self._stopped:
+                raise EngineDied(f"engine {self._config.model} died; its log has the cause") from error
+            raise RequestError(f"request {request.request_id}: vLLM refused it: {error.__cause__ or error}") from error
+        finally:
+            await outputs.aclose()
+        raise EngineDied(f"engine {self._config.model} ended request {request.request_id} without a result")
+
+
+class _Gauges:
+    """The newest of what vLLM's scheduler reports; vLLM calls it once a step."""
+
+    def __init__(self) -> None:
+        self.kv_usage = 0.0
+        self.running = 0
+        self.waiting = 0
+        self.preemptions = 0
+
+    def update(self, scheduler_stats: Any, iteration_stats: Any) -> None:
+        if scheduler_stats is not None:
+            self.kv_usage = scheduler_stats.kv_cache_usage
+            self.running = scheduler_stats.num_running_reqs
+            self.waiting = scheduler_stats.num_waiting_reqs
+        if iteration_stats is not None:
+            self.preemptions += iteration_stats.num_preempted_reqs
+
+
+def _load(config: EngineConfig, gauges: _Gauges) -> Any:
+    """Import vLLM and start an `AsyncLLM`; takes seconds to minutes, so it runs in a thread."""
+    if "vllm" not in sys.modules:
+        os.environ.update(config.environment())
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.metrics.loggers import StatLoggerBase
+
+    class GaugeLogger(StatLoggerBase):
+        def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+            pass
+
+        def record(self, scheduler_stats: Any, iteration_stats: Any, *args: Any, **kwargs: Any) -> None:
+            gauges.update(scheduler_stats, iteration_stats)
+
+        def log_engine_initialized(self) -> None:
+            pass
+
+    try:
+        args = AsyncEngineArgs(**_engine_arguments(config, {f.name for f in fields(AsyncEngineArgs)}))
+        vllm_config = args.create_engine_config()
+    except ThunderError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"engine: vLLM refuses this configuration of {config.model}: {error}") from error
+    try:
+        return AsyncLLM.from_vllm_config(vllm_config, stat_loggers=[GaugeLogger], disable_log_stats=True)
+    except Exception as error:
+        raise EngineDied(f"engine {config.model} did not start ({error}); its log has the cause") from error
+
+
+def _engine_arguments(config: EngineConfig, known: set[str]) -> dict[str, Any]:
+    own = {
+        "model": os.path.expanduser(config.model),
+        "dtype": config.dtype,
+        "max_model_len": config.max_model_len,
+        "block_size": config.block_size,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "pipeline_parallel_size": config.pipeline_parallel_size,
+        "distributed_executor_backend": _executor(config),
+        "max_num_seqs": config.max_num_seqs,
+        "max_num_batched_tokens": config.max_num_batched_tokens,
+        "enable_prefix_caching": config.enable_prefix_caching,
+        "enforce_eager": config.enforce_eager,
+        "logprobs_mode": config.logprobs_mode,
+        "seed": config.seed,
+        # vLLM keeps one block for itself
+        "num_gpu_blocks_override": None if config.num_kv_blocks is None else config.num_kv_blocks + 1,
+    }
+    for name in config.extra:
+        if name in own:
+            field = "kv_cache_tokens" if name == "num_gpu_blocks_override" else name
+            raise ConfigError(f"engine.extra.{name}: this project sets it; use engine.{field}")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean engine.extra.{close[0]}?" if close else "see vLLM's engine arguments"
+            raise ConfigError(f"engine.extra.{name}: vLLM has no such engine argument; {hint}")
+    return own | config.extra
+
+
+def _executor(config: EngineConfig) -> Any:
+    backend = config.distributed_executor_backend
+    if backend == "auto":
+        single = config.tensor_parallel_size * config.pipeline_parallel_size == 1
+        backend = "uni" if config.device == "gpu" and single else "mp"
+    if backend == "ray":
+        return "ray"  # Ray ends its workers itself
+    from thunder_rollout.engine.vllm_executor import OwnedMultiprocExecutor, OwnedUniProcExecutor
+
+    return OwnedUniProcExecutor if backend == "uni" else OwnedMultiprocExecutor
+
+
+def _capacity_tokens(vllm_config: Any) -> int:
+    """KV tokens that turns can hold: all blocks but the one vLLM keeps for itself.
+
+    Counted through the number of full-length turns that fit, which is right also where a model has
+    several kinds of attention that share the blocks.
+    """
+    cache, max_model_len = vllm_config.cache_config, vllm_config.model_config.max_model_len
+    turns = getattr(cache, "kv_cache_max_concurrency", None)
+    if turns is None:
+        return (cache.num_gpu_blocks - 1) * cache.block_size
+    blocks_per_turn = -(-max_model_len // cache.block_size)
+    return (round(turns * blocks_per_turn) - 1) * cache.block_size
+
+
+def _sampling_params(sampling: Sampling) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        seed=sampling.seed,
+        stop_token_ids=list(sampling.stop_token_ids),
+        ignore_eos=sampling.ignore_eos,
+        logprobs=0,  # of the sampled token alone
+        detokenize=False,
+        skip_special_tokens=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _to_generation(output: Any, *, num_prompt: int) -> Generation:
+    completion, times = output.outputs[0], output.metrics
+    token_ids = list(completion.token_ids)
+    entries = completion.logprobs or []
+    logprobs = [entry[token_id].logprob for token_id, entry in zip(token_ids, entries, strict=True)]
+    return Generation(
+        token_ids=token_ids,
+        logprobs=logprobs,
+        finish_reason=_FINISH_REASONS.get(completion.finish_reason, FinishReason.ERROR),
+        prompt_tokens=num_prompt,
+        cached_tokens=max(0, output.num_cached_tokens or 0),
+        queue_s=_between(times, "queued_ts", "scheduled_ts"),
+        prefill_s=_between(times, "scheduled_ts", "first_token_ts"),
+        decode_s=_between(times, "first_token_ts", "last_token_ts"),
+    )
+
+
+def _between(times: Any, start: str, end: str) -> float:
+    """Seconds from one of vLLM's time stamps to another; 0 for a stage the turn never reached."""
+    started, ended = getattr(times, start, 0.0), getattr(times, end, 0.0)
+    return max(0.0, ended - started) if started and ended else 0.0
