@@ -27,6 +27,8 @@ find_python() {
   die "no Python 3.11 or 3.12 found; install one, or name it: make PYTHON=/path/to/python3.12"
 }
 
+has_library() { "$python" -c 'import ctypes, sys; ctypes.CDLL(sys.argv[1])' "$1" 2>/dev/null; }
+
 pip_install() {  # a registry's hiccup should not cost the whole set-up: one more try
   "$VENV/bin/python" -m pip install -qq --no-deps --no-build-isolation "$@" || {
     echo "set-up: pip failed, trying once more" >&2
@@ -43,6 +45,7 @@ lock_stamp=$(cat - "$LOCK" requirements/setup.sh requirements/vllm-shim/setup.py
 package_stamp=$(cat - setup.py <<< "$PWD" | sha256sum)
 
 if ! is_current .lock-stamp "$lock_stamp"; then
+  has_library libnuma.so.1 || die "vLLM's CPU build loads libnuma.so.1, which is missing; on Debian: apt-get install libnuma1"
   echo "set-up: $VENV from $LOCK on $("$python" --version); the first time takes a few minutes and 4 GB"
   "$python" -m venv --clear "$VENV" || die "could not make $VENV; on Debian: apt-get install python3-venv"
   pip_install "$(grep '^setuptools==' "$LOCK")"  # builds the pins that ship no wheel
