@@ -6,7 +6,7 @@ the benchmark all read `MetricsSnapshot`.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 from thunder_rollout.core.decisions import Decision, Pause, Restore
@@ -58,7 +58,7 @@ class RunMetrics:
     """Folds events and decisions into totals; a few dict operations an event."""
 
     totals: Counter[str] = field(default_factory=Counter)
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     _requested: dict[str, tuple[int, float]] = field(default_factory=dict)
     _prompts: dict[int, int] = field(default_factory=dict)
     _tools: dict[str, float] = field(default_factory=dict)

@@ -27,7 +27,7 @@ class TraceWriter:
             self._file.write("\n" + json.dumps({"t": 0.0, "event": "Resumed", "decisions": []}) + "\n")
 
     def write(self, now: float, event: Event, decisions: list[Decision]) -> None:
-        line = {"t": round(now, 6), **_flat("event", event), "decisions": [_flat("decision", d) for d in decisions]}
+        line = {"t": now, **_flat("event", event), "decisions": [_flat("decision", d) for d in decisions]}
         self._file.write(json.dumps(line) + "\n")
 
     def flush(self) -> None:

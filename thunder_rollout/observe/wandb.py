@@ -17,10 +17,12 @@ class WandbRun:
         self._run: Any = None
         if config.mode == "disabled":
             return
-        import wandb  # imported here: it costs a second that a disabled run need not pay
+        os.environ.setdefault("WANDB_SILENT", "true")  # read when wandb is imported
+        import wandb  # here, since it costs a second that a disabled run need not pay
 
-        mode = config.mode if config.mode != "auto" else _mode_for_user(wandb)
-        os.environ.setdefault("WANDB_SILENT", "true")
+        mode: Any = config.mode
+        if mode == "auto":
+            mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
         self._run = wandb.init(
             project=config.project,
             entity=config.entity,
@@ -43,7 +45,3 @@ class WandbRun:
             self._run.summary.update(summary)
             self._run.finish()
             self._run = None
-
-
-def _mode_for_user(wandb: Any) -> str:
-    return "online" if os.environ.get("WANDB_API_KEY") or wandb.api.api_key else "offline"

@@ -79,6 +79,7 @@ class SchedulerService:
         self._specs: dict[str, SandboxSpec] = {}
         self._owners: dict[str, str] = {}
         self._live_backends: set[str] = set()
+        self._no_engine: str | None = None  # why the last backend is gone
         self._tasks: set[asyncio.Task[None]] = set()
         self._ticker: asyncio.Task[None] | None = None
         self._broken: ThunderError | None = None
@@ -114,6 +115,8 @@ class SchedulerService:
         """
         if event.request in self._waiting:
             raise BadEvent(f"request={event.request} is waiting already; request ids are used once")
+        if self._no_engine is not None:
+            raise EngineDied(self._no_engine)
         future: asyncio.Future[Grant] = asyncio.get_running_loop().create_future()
         self._waiting[event.request] = (future, self._now())
         try:
@@ -215,11 +218,13 @@ class SchedulerService:
     def _note_backends(self, event: Event) -> None:
         if isinstance(event, BackendUp):
             self._live_backends.add(event.backend)
+            self._no_engine = None
         elif isinstance(event, BackendDown):
             self._live_backends.discard(event.backend)
             if not self._live_backends:
+                self._no_engine = f"no engine is left: {event.backend}: {event.reason}"
                 for request in list(self._waiting):
-                    self._fail_waiter(request, EngineDied(f"no engine is left: {event.backend}: {event.reason}"))
+                    self._fail_waiter(request, EngineDied(self._no_engine))
 
     def _fail_waiter(self, request: str, error: ThunderError) -> None:
         future = self._waiting[request][0]

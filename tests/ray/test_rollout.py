@@ -1,0 +1,102 @@
+"""The driver on a real Ray cluster with engines that have no model: runs, kills and bad input."""
+
+import signal
+
+import pytest
+
+from tests.support import cli
+from thunder_rollout.config import load_rollout_config
+from thunder_rollout.core.scheduler import Scheduler
+from thunder_rollout.engine.random_model import write_preset
+from thunder_rollout.observe.trace import read_trace
+
+KEYS = {
+    "num_samples",
+    "num_resolved",
+    "resolved_rate",
+    "steps_per_min",
+    "kv_hit_rate",
+    "sandbox_backend",
+    "wall_s",
+    "failures",
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_preset("qwen2_test", tmp_path_factory.mktemp("model")).path
+
+
+@pytest.fixture
+def args(model):
+    return [
+        "rollout",
+        "engine.kind=fake",
+        f"engine.model={model}",
+        "sandbox=local",
+        "task.count=3",
+        "rollout.n=2",
+        "agent.max_turns=3",
+        "agent.max_turn_tokens=32",
+        "ray.num_cpus=4",
+        "observe.log_every_s=1",
+    ]
+
+
+def test_a_run_leaves_a_whole_run_folder(args, tmp_path):
+    code, output = cli.run(tmp_path, *args)
+    assert code == 0, output
+    folder = tmp_path / "runs" / "latest"
+    assert cli.summary(folder).keys() >= KEYS
+    assert cli.summary(folder)["num_samples"] == 6
+    assert cli.summary(folder)["sandbox_backend"] == "local"
+    assert "local sandboxes" in output
+    cli.check_agreement(folder)
+    assert list(folder.glob("wandb/offline-run-*"))
+    entries = read_trace(folder / "trace.jsonl")
+    scheduler = Scheduler(load_rollout_config(["engine.model=any"]).scheduler)
+    assert [scheduler.handle(event, now) for now, event, _ in entries] == [decisions for _, _, decisions in entries]
+
+    code, output = cli.run(tmp_path, *args, "name=" + folder.resolve().name)
+    assert code == 2, "a name with another configuration is refused"
+    assert "another configuration" in output
+
+
+def test_a_killed_run_goes_on_without_redoing_or_losing_a_sample(args, tmp_path):
+    slow = [*args, "rollout.concurrency=1", "agent.max_turns=6"]
+    process = cli.start(tmp_path, *slow)
+    latest = tmp_path / "runs" / "latest"
+    finished = cli.wait_for_samples(latest, 2, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    before = {file: file.stat().st_mtime_ns for file in finished}
+    assert not (latest / "summary.json").exists()
+
+    code, output = cli.run(tmp_path, *slow)
+    assert code == 0, output
+    assert len(list((tmp_path / "runs").glob("rollout-*"))) == 1
+    assert {file: file.stat().st_mtime_ns for file in finished} == before
+    assert cli.summary(latest)["num_samples"] == 6
+    cli.check_agreement(latest)
+
+
+def test_ctrl_c_stops_cleanly_and_the_same_command_finishes(args, tmp_path):
+    slow = [*args, "rollout.concurrency=1", "agent.max_turns=6", "name=mine"]
+    process = cli.start(tmp_path, *slow)
+    cli.wait_for_samples(tmp_path / "runs" / "mine", 1, process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    assert not cli.summary(tmp_path / "runs" / "mine")["complete"]
+    code, output = cli.run(tmp_path, *slow)
+    assert code == 0, output
+    cli.check_agreement(tmp_path / "runs" / "mine")
+
+
+def test_more_gpus_than_the_cluster_has_is_refused_by_name(args, tmp_path):
+    gpus = ["engine.device=gpu", "engine.num_gpus=1"]
+    code, output = cli.run(tmp_path, *args, *gpus)
+    assert code == 2, output
+    assert "engine.num_gpus" in output
+    assert "Traceback" not in output

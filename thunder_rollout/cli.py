@@ -1,0 +1,125 @@
+"""`thunder-rollout`: a few subcommands, hydra overrides behind them.
+
+Exit codes: 0 done, 1 samples were given up (infrastructure failures), 2 the user must mend
+something (printed without a traceback), 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from thunder_rollout import __version__
+from thunder_rollout.errors import UserError
+
+T = TypeVar("T")
+
+_STOPPED = 130
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of the console script; always exits."""
+    parser = argparse.ArgumentParser(prog="thunder-rollout", description=__doc__.split("\n")[0] if __doc__ else "")
+    parser.add_argument("--version", action="version", version=f"thunder-rollout {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, (text, _) in _COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False)
+    args, overrides = parser.parse_known_args(argv)
+    sys.argv = [f"thunder-rollout {args.command}", *overrides]
+    sys.exit(_COMMANDS[args.command][1]())
+
+
+def _rollout() -> int:
+    from thunder_rollout.config import RolloutConfig, conf_dir, to_typed
+    from thunder_rollout.runtime.driver import run_rollout
+    from thunder_rollout.runtime.store import choose_run
+
+    def task(raw: DictConfig) -> int:
+        config = to_typed(RolloutConfig, raw)
+        settings = OmegaConf.to_container(raw, resolve=True)
+        store = choose_run(Path(config.runs_dir), config.name, OmegaConf.to_yaml(raw, resolve=True))
+        try:
+            summary = asyncio.run(_until_signal(run_rollout(config, store, settings)))  # type: ignore[arg-type]
+        finally:
+            store.close()
+        _print_summary(summary, store.folder)
+        return 0 if summary["complete"] else 1
+
+    return _hydra_main("rollout", conf_dir(), task)
+
+
+def _bench() -> int:
+    from thunder_rollout.bench.config import BenchConfig
+    from thunder_rollout.bench.live import print_table, run_bench
+    from thunder_rollout.config import conf_dir, to_typed
+
+    def task(raw: DictConfig) -> int:
+        config = to_typed(BenchConfig, raw)
+        print_table(asyncio.run(_until_signal(run_bench(config))))
+        return 0
+
+    return _hydra_main("bench", conf_dir(), task)
+
+
+def _hydra_main(name: str, conf: Path, task: Callable[[DictConfig], int]) -> int:
+    """Run `task` under hydra (overrides, --multirun, --cfg job), our errors as plain messages."""
+    worst = 0
+
+    def guarded(raw: DictConfig) -> None:
+        nonlocal worst
+        try:
+            worst = max(worst, task(raw))
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            worst = max(worst, 2)
+        except asyncio.CancelledError:
+            print("stopped; the same command goes on where it stopped", file=sys.stderr)
+            worst = _STOPPED
+
+    hydra.main(version_base="1.3", config_path=str(conf.resolve()), config_name=name)(guarded)()
+    return worst
+
+
+async def _until_signal(work: Coroutine[Any, Any, T]) -> T:
+    """Await `work`; SIGINT and SIGTERM cancel it once, a second signal ends the process."""
+    job = asyncio.ensure_future(work)
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        print("stopping (once more to give up at once)", file=sys.stderr)
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(signum)
+            signal.signal(signum, lambda *_: os._exit(_STOPPED))
+        job.cancel()
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(signum, stop)
+    return await job
+
+
+def _print_summary(summary: dict[str, Any], folder: Path) -> None:
+    print(
+        f"{summary['num_samples']}/{summary['num_expected']} samples, {summary['num_resolved']} resolved "
+        f"({summary['resolved_rate']:.0%}), {summary['steps_per_min']:.0f} steps/min, "
+        f"KV hits {summary['kv_hit_rate']:.0%}, {summary['sandbox_backend'] or 'no'} sandboxes, "
+        f"{summary['wall_s']:.0f} s; failures: {summary['failures'] or 'none'}"
+    )
+    print(f"run folder: {folder}")
+
+
+_COMMANDS: dict[str, tuple[str, Callable[[], int]]] = {
+    "rollout": ("roll out tasks x samples; hydra overrides follow (e.g. rollout.n=8 task.count=32)", _rollout),
+    "bench": ("compare policies on real engines with small KV pools", _bench),
+}
+
+if __name__ == "__main__":
+    main()

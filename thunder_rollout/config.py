@@ -1,0 +1,103 @@
+"""The whole configuration: hydra composes it from `conf/`, this module makes it typed.
+
+Built once at the entry and handed down. Whatever is wrong (a misspelt field, a wrong type, an
+impossible value) is a `ConfigError` that names the field and the remedy.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
+
+import thunder_rollout
+from thunder_rollout.agent.config import AgentConfig
+from thunder_rollout.core.config import SchedulerConfig
+from thunder_rollout.engine.config import EngineConfig
+from thunder_rollout.errors import ConfigError
+from thunder_rollout.observe.config import ObserveConfig
+from thunder_rollout.runtime.config import RayConfig, RolloutSettings
+from thunder_rollout.sandbox.config import SandboxConfig
+from thunder_rollout.tasks.config import TaskConfig
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutConfig:
+    """One field a hydra group, the rest from `conf/rollout.yaml`."""
+
+    engine: EngineConfig
+    task: TaskConfig
+    name: str | None = None  # the run folder's; null: resume the latest unfinished one, else by time
+    runs_dir: str = "runs"
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    sandbox: SandboxConfig = field(default_factory=SandboxConfig)
+    agent: AgentConfig = field(default_factory=AgentConfig)
+    rollout: RolloutSettings = field(default_factory=RolloutSettings)
+    observe: ObserveConfig = field(default_factory=ObserveConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+
+    def __post_init__(self) -> None:
+        if self.name is not None and (not self.name or "/" in self.name or self.name.startswith(".")):
+            raise ConfigError(f"name={self.name!r}: must be a folder name without a slash")
+
+
+def conf_dir() -> Path:
+    """Where the YAML lies: inside an installed wheel, or beside the package in a checkout."""
+    package = Path(thunder_rollout.__file__).parent
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+def load_rollout_config(overrides: list[str]) -> RolloutConfig:
+    """Compose `conf/rollout.yaml` with hydra overrides, outside of hydra's own entry."""
+    return to_typed(RolloutConfig, compose_config("rollout", overrides))
+
+
+def compose_config(name: str, overrides: list[str]) -> DictConfig:
+    try:
+        with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
+            return compose(name, overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(str(error)) from error
+
+
+def to_typed(cls: type[T], config: DictConfig) -> T:
+    """A dataclass from a composed config; raises `ConfigError` naming the field."""
+    try:
+        raw = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key or 'config'}: {error.msg or error}; give it a value") from error
+    assert isinstance(raw, dict)
+    _refuse_unknown(cls, raw, "")
+    try:
+        return TypeAdapter(cls).validate_python(raw)
+    except ValidationError as error:
+        lines = (
+            f"{'.'.join(str(part) for part in e['loc'])}={e['input']!r}: {e['msg']}"
+            if e["type"] != "missing"
+            else f"{'.'.join(str(part) for part in e['loc'])}: has no value; set it"
+            for e in error.errors()
+        )
+        raise ConfigError("\n".join(lines)) from None
+
+
+def _refuse_unknown(cls: Any, raw: Mapping[Any, Any], path: str) -> None:
+    known = {f.name for f in fields(cls)}
+    hints = get_type_hints(cls)
+    for key, value in raw.items():
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {path}{close[0]}?" if close else f"it has: {', '.join(sorted(known))}"
+            raise ConfigError(f"{path}{key}: no such field; {hint}")
+        if is_dataclass(hints[key]) and isinstance(value, Mapping):
+            _refuse_unknown(hints[key], value, f"{path}{key}.")

@@ -1,0 +1,102 @@
+"""The scheduler's Ray actor, and the port that talks to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from thunder_rollout.core.config import SchedulerConfig
+from thunder_rollout.core.events import Event, TurnRequested
+from thunder_rollout.errors import InfrastructureFailure
+from thunder_rollout.observe.metrics import MetricsSnapshot
+from thunder_rollout.observe.trace import TraceWriter
+from thunder_rollout.remote import remote_call
+from thunder_rollout.runtime.service import Grant, SchedulerService
+from thunder_rollout.sandbox.protocol import SandboxSpec
+from thunder_rollout.sandbox.remote import RemoteSandboxHost
+
+# Every waiting program holds one call; Ray's default of 1,000 would block the releases behind them.
+MAX_CONCURRENCY = 100_000
+
+
+class SchedulerDied(InfrastructureFailure):
+    kind = "scheduler_died"
+
+
+class SchedulerActor:
+    """`SchedulerService` in a process of its own; adds nothing to it."""
+
+    def __init__(self, config: SchedulerConfig, trace_path: str | None, host: Any | None) -> None:
+        self._service = SchedulerService(
+            config,
+            sandboxes=RemoteSandboxHost(host) if host is not None else None,
+            trace=TraceWriter(Path(trace_path)) if trace_path else None,
+        )
+
+    async def start(self) -> None:
+        await self._service.start()
+
+    async def stop(self) -> None:
+        await self._service.stop()
+
+    async def open(self, program: str, owner: str, sandbox: SandboxSpec | None) -> None:
+        self._service.open(program, owner=owner, sandbox=sandbox)
+
+    async def admit(self, event: TurnRequested) -> Grant:
+        return await self._service.admit(event)
+
+    async def post(self, event: Event) -> None:
+        self._service.handle(event)
+
+    async def close(self, program: str, reason: str | None) -> None:
+        self._service.close(program, reason=reason)
+
+    async def owner_died(self, owner: str) -> None:
+        self._service.owner_died(owner)
+
+    async def metrics(self) -> MetricsSnapshot:
+        return self._service.metrics()
+
+
+def create_scheduler_actor(config: SchedulerConfig, *, trace_path: Path | None, host: Any | None) -> Any:
+    """Start the one scheduler actor; `host` is the sandbox host's actor handle."""
+    cls = ray.remote(num_cpus=0, max_concurrency=MAX_CONCURRENCY)(SchedulerActor)
+    return cls.remote(config, str(trace_path) if trace_path else None, host)
+
+
+class RemoteScheduler:
+    """`SchedulerPort` on the actor's handle."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    async def start(self) -> None:
+        await self._call(self._handle.start.remote())
+
+    async def stop(self) -> None:
+        await self._call(self._handle.stop.remote())
+
+    async def open(self, program: str, *, owner: str = "", sandbox: SandboxSpec | None = None) -> None:
+        await self._call(self._handle.open.remote(program, owner, sandbox))
+
+    async def admit(self, event: TurnRequested) -> Grant:
+        grant: Grant = await self._call(self._handle.admit.remote(event))
+        return grant
+
+    async def post(self, event: Event) -> None:
+        await self._call(self._handle.post.remote(event))
+
+    async def close(self, program: str, *, reason: str | None = None) -> None:
+        await self._call(self._handle.close.remote(program, reason))
+
+    async def owner_died(self, owner: str) -> None:
+        await self._call(self._handle.owner_died.remote(owner))
+
+    async def metrics(self) -> MetricsSnapshot:
+        snapshot: MetricsSnapshot = await self._call(self._handle.metrics.remote())
+        return snapshot
+
+    async def _call(self, ref: Any) -> Any:
+        return await remote_call(ref, died=SchedulerDied, what="the scheduler actor")

@@ -1,0 +1,179 @@
+"""The rollout driver: all samples of all tasks, each to its parquet file, on one Ray cluster.
+
+Nothing finished is lost and nothing finished is redone (see `store`). A sample that an
+infrastructure failure interrupts is tried again up to `rollout.max_attempts` times and then
+counted under its failure's kind. Cancelling `run_rollout` (Ctrl-C) stops the samples, removes
+their sandboxes and still writes `summary.json`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from thunder_rollout.config import RolloutConfig
+from thunder_rollout.engine.config import check_model_folder
+from thunder_rollout.errors import InfrastructureFailure
+from thunder_rollout.observe.metrics import MetricsSnapshot
+from thunder_rollout.observe.progress import Progress, SampleCounts
+from thunder_rollout.observe.wandb import WandbRun
+from thunder_rollout.runtime.cluster import Cluster
+from thunder_rollout.runtime.store import RunStore, SampleKey
+from thunder_rollout.runtime.summary import SessionTotals, summarise
+from thunder_rollout.runtime.worker import SampleOutcome
+from thunder_rollout.tasks.config import build_tasks
+from thunder_rollout.tasks.task import Task
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Session:
+    """This process's share of a run."""
+
+    started: float
+    counts: SampleCounts
+    outcomes: list[SampleOutcome] = field(default_factory=list)
+    failures: Counter[str] = field(default_factory=Counter)
+    rollout_s: float = 0.0
+    metrics: MetricsSnapshot | None = None
+
+
+async def run_rollout(config: RolloutConfig, store: RunStore, settings: dict[str, Any]) -> dict[str, Any]:
+    """Finish the run in `store` (already open) and return its summary.
+
+    `settings` is the resolved configuration as plain data, for wandb. Raises `UserError` for what
+    the user can mend, before anything costly has started where that is possible.
+    """
+    started = time.monotonic()
+    if config.engine.kind == "vllm":
+        check_model_folder(config.engine.model)
+    tasks = build_tasks(config.task)
+    finished = store.finished()
+    work = [
+        (task, key)
+        for task in tasks
+        for key in (SampleKey(task.instance_id, sample) for sample in range(config.rollout.n))
+        if key not in finished
+    ]
+    total = len(tasks) * config.rollout.n
+    session = _Session(started, SampleCounts(total=total, done=total - len(work)))
+    logger.info("run %s: %d samples, %d finished before", store.folder, total, total - len(work))
+    if not work:
+        return _summary(store, session, sandbox_backend="", wall_s=time.monotonic() - started)
+    cluster = Cluster(config, store, images=sorted({task.image for task, _ in work}))
+    starting_wandb = asyncio.create_task(asyncio.to_thread(WandbRun, config.observe.wandb, store.folder, settings))
+    try:
+        async with cluster:
+            wandb = await starting_wandb
+            try:
+                await _run_samples(config, cluster, session, work, wandb)
+            finally:
+                summary = _summary(store, session, cluster.sandbox_backend, time.monotonic() - started)
+                await asyncio.shield(asyncio.to_thread(wandb.finish, summary))
+    finally:
+        cluster.shutdown()
+    summary["wall_s"] = time.monotonic() - started
+    store.write_summary(summary)
+    return summary
+
+
+async def _run_samples(
+    config: RolloutConfig, cluster: Cluster, session: _Session, work: list[tuple[Task, SampleKey]], wandb: WandbRun
+) -> None:
+    slots = asyncio.Semaphore(config.rollout.concurrency)
+    began = time.monotonic()
+    watcher = asyncio.create_task(_watch(config, cluster, session, wandb), name="watch")
+    try:
+        async with asyncio.TaskGroup() as group:
+            for task, key in work:
+                await slots.acquire()
+                running = group.create_task(_run_sample(config, cluster, session, task, key))
+                running.add_done_callback(lambda _: slots.release())
+                if watcher.done():
+                    break
+    finally:
+        session.rollout_s = time.monotonic() - began
+        watcher.cancel()
+        await asyncio.gather(watcher, return_exceptions=True)
+
+
+async def _run_sample(config: RolloutConfig, cluster: Cluster, session: _Session, task: Task, key: SampleKey) -> None:
+    counts = session.counts
+    counts.running += 1
+    try:
+        for attempt in range(config.rollout.max_attempts):
+            try:
+                outcome = await cluster.run_sample(task, key, attempt)
+            except InfrastructureFailure as failure:
+                logger.warning("task=%s sample=%d attempt=%d: %s", key.instance_id, key.sample, attempt, failure)
+                last = failure
+                continue
+            session.outcomes.append(outcome)
+            counts.done += 1
+            counts.resolved += outcome.resolved
+            return
+        session.failures[last.kind] += 1
+        counts.failures[last.kind] += 1
+        cluster.store.write_failure(key, last.kind, str(last))
+    finally:
+        counts.running -= 1
+
+
+async def _watch(config: RolloutConfig, cluster: Cluster, session: _Session, wandb: WandbRun) -> None:
+    """Feed the display and wandb until cancelled."""
+    observe = config.observe
+    title = f"{cluster.store.folder}  [{config.scheduler.policy}, {cluster.sandbox_backend} sandboxes]"
+    logged_at = float("-inf")
+    with Progress(title, enabled=observe.progress, line_every_s=observe.log_every_s) as progress:
+        while True:
+            session.metrics = await cluster.scheduler.metrics()
+            progress.update(session.counts, session.metrics, await cluster.num_sandboxes())
+            if time.monotonic() - logged_at >= observe.log_every_s:
+                logged_at = time.monotonic()
+                wandb.log(_wandb_values(session))
+            await asyncio.sleep(observe.refresh_s)
+
+
+def _wandb_values(session: _Session) -> dict[str, float]:
+    """verl's names where verl has one, ours under `thunder/`."""
+    metrics, outcomes = session.metrics, session.outcomes
+    assert metrics is not None
+    values = {
+        "thunder/samples_done": float(session.counts.done),
+        "thunder/steps_per_min": metrics.steps_per_min,
+        "thunder/kv_hit_rate": metrics.kv_hit_rate,
+        "thunder/imbalance": metrics.imbalance,
+        "thunder/num_waiting": float(metrics.scheduler.num_waiting),
+        "thunder/num_pauses": float(metrics.num_pauses),
+        "thunder/queue_s": metrics.queue_s,
+        "thunder/tool_s": metrics.tool_s,
+        "perf/throughput": metrics.output_tokens / metrics.time_s if metrics.time_s else 0.0,
+    }
+    for backend in metrics.scheduler.backends:
+        values[f"thunder/backend/{backend.backend}/demand"] = backend.demand_tokens / backend.capacity_tokens
+        values[f"thunder/backend/{backend.backend}/running"] = float(backend.num_in_flight)
+    if outcomes:
+        values["critic/score/mean"] = sum(o.reward for o in outcomes) / len(outcomes)
+        values["num_turns/mean"] = sum(o.num_turns for o in outcomes) / len(outcomes)
+    return values
+
+
+def _summary(store: RunStore, session: _Session, sandbox_backend: str, wall_s: float) -> dict[str, Any]:
+    summary = summarise(
+        store,
+        SessionTotals(
+            num_expected=session.counts.total,
+            num_turns=sum(outcome.num_turns for outcome in session.outcomes),
+            rollout_s=session.rollout_s,
+            wall_s=wall_s,
+            failures=session.failures,
+            sandbox_backend=sandbox_backend,
+        ),
+    )
+    store.write_summary(summary)
+    return summary

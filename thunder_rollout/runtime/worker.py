@@ -1,0 +1,186 @@
+"""A rollout worker: runs whole samples, many at a time on one event loop.
+
+One sample: open the program, play the episode, take the diff, give up KV and sandbox, grade in a
+fresh sandbox, put the trajectory on disk. An infrastructure failure leaves nothing behind and is
+raised to the driver, which decides whether to try again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from thunder_rollout.agent.chat import ChatFormat
+from thunder_rollout.agent.config import AgentConfig
+from thunder_rollout.agent.loop import AgentLoop
+from thunder_rollout.agent.trajectory import Trajectory
+from thunder_rollout.engine.protocol import Engine, Sampling
+from thunder_rollout.runtime.client import ProgramClient, SchedulerPort
+from thunder_rollout.runtime.store import FinishedSample, RunStore, SampleKey
+from thunder_rollout.sandbox.protocol import ExecResult, Sandbox, SandboxLimits, SandboxSpec
+from thunder_rollout.tasks.environment import sandbox_spec, started
+from thunder_rollout.tasks.grading import Grade, grade
+from thunder_rollout.tasks.task import Task
+
+
+class SandboxSource(Protocol):
+    """Where a worker gets sandboxes: the host of its node."""
+
+    def sandbox(self, program: str, spec: SandboxSpec) -> Sandbox:
+        """The program's own sandbox, prepared ahead if the scheduler said so; `start` waits for
+        it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerConfig:
+    """What every sample of a run has in common; travels to the workers once."""
+
+    run: str
+    model: str
+    agent: AgentConfig
+    sampling: Sampling
+    max_model_len: int
+    limits: SandboxLimits
+    sandbox_backend: str
+    block_size: int | None = None  # set: block hashes go with every request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleOutcome:
+    """What the driver needs to know of a finished sample; the rest is on disk."""
+
+    key: SampleKey
+    resolved: bool
+    reward: float
+    num_turns: int
+    end_reason: str
+    wall_s: float
+
+
+class RolloutWorker:
+    """Plain asyncio; `runtime.worker_actor` puts it on Ray."""
+
+    def __init__(
+        self,
+        name: str,
+        config: WorkerConfig,
+        chat: ChatFormat,
+        scheduler: SchedulerPort,
+        engines: Mapping[str, Engine],
+        sandboxes: SandboxSource,
+        store: RunStore,
+    ) -> None:
+        self._name = name
+        self._config = config
+        self._chat = chat
+        self._scheduler = scheduler
+        self._engines = engines
+        self._sandboxes = sandboxes
+        self._store = store
+
+    async def run(self, task: Task, key: SampleKey, attempt: int) -> SampleOutcome:
+        """Run one sample to its parquet file. Raises `InfrastructureFailure`."""
+        started_at = time.time()
+        program = f"{key.instance_id}#{key.sample}.{attempt}"
+        trajectory, patch, wait_s = await self._episode(program, task)
+        grade_started = time.monotonic()
+        grader = f"{program}/grade"
+        verdict = await grade(task, patch, lambda: started(self._sandboxes.sandbox(grader, self._spec(grader, task))))
+        sample = FinishedSample(
+            key=key,
+            attempt=attempt,
+            repo=task.repo,
+            kind=task.kind,
+            trajectory=trajectory,
+            reward=verdict.reward,
+            resolved=verdict.resolved,
+            grade_reason=verdict.reason,
+            grade_log=verdict.log,
+            patch=patch,
+            model=self._config.model,
+            temperature=self._config.sampling.temperature,
+            sandbox_backend=self._config.sandbox_backend,
+            sandbox_wait_s=wait_s,
+            grade_s=time.monotonic() - grade_started,
+            started_at=started_at,
+            finished_at=time.time(),
+        )
+        self._store.write(sample)
+        return _outcome(sample, verdict)
+
+    async def _episode(self, program: str, task: Task) -> tuple[Trajectory, bytes, float]:
+        spec = self._spec(program, task)
+        sandbox = LazySandbox(self._sandboxes.sandbox(program, spec))
+        loop = AgentLoop(
+            chat=self._chat,
+            config=self._config.agent,
+            sampling=self._config.sampling,
+            max_model_len=self._config.max_model_len,
+        )
+        client = ProgramClient(
+            program,
+            self._scheduler,
+            self._engines,
+            group=task.instance_id,
+            task_kind=task.kind,
+            owner=self._name,
+            sandbox=spec,
+            block_size=self._config.block_size,
+        )
+        async with client:
+            trajectory = await loop.run(task.problem_statement, client, sandbox)
+            patch = await sandbox.diff(task.base_commit) if sandbox.started else b""
+        return trajectory, patch, sandbox.wait_s
+
+    def _spec(self, program: str, task: Task) -> SandboxSpec:
+        labels = {"run": self._config.run, "program": program, "task": task.instance_id}
+        return sandbox_spec(task, limits=self._config.limits, labels=labels)
+
+
+class LazySandbox:
+    """Starts its sandbox at the first use, so that starting overlaps the first turn; `wait_s` is
+    how long the agent then stood waiting."""
+
+    def __init__(self, inner: Sandbox) -> None:
+        self._inner = inner
+        self.started = False
+        self.wait_s = 0.0
+
+    async def start(self) -> None:
+        if not self.started:
+            before = time.monotonic()
+            await self._inner.start()
+            self.wait_s = time.monotonic() - before
+            self.started = True
+
+    async def exec(self, command: str, *, timeout_s: float) -> ExecResult:
+        await self.start()
+        return await self._inner.exec(command, timeout_s=timeout_s)
+
+    async def read_file(self, path: str) -> bytes:
+        await self.start()
+        return await self._inner.read_file(path)
+
+    async def write_file(self, path: str, content: bytes) -> None:
+        await self.start()
+        await self._inner.write_file(path, content)
+
+    async def diff(self, base_commit: str) -> bytes:
+        await self.start()
+        return await self._inner.diff(base_commit)
+
+    async def stop(self) -> None:
+        await self._inner.stop()
+
+
+def _outcome(sample: FinishedSample, verdict: Grade) -> SampleOutcome:
+    return SampleOutcome(
+        key=sample.key,
+        resolved=verdict.resolved,
+        reward=verdict.reward,
+        num_turns=len(sample.trajectory.turns),
+        end_reason=str(sample.trajectory.end_reason),
+        wall_s=sample.finished_at - sample.started_at,
+    )
