@@ -130,7 +130,7 @@ def check_model_folder(model: str) -> None:
     """Raises `ConfigError` unless `model` is a loadable folder with a tokenizer, or a Hugging Face
     id (which is looked up when the engine starts)."""
     folder = Path(model).expanduser()
-    if not folder.is_dir():
+    if not model or not folder.is_dir():
         if _HUB_ID.fullmatch(model) and not folder.exists():
             return
         raise ConfigError(

@@ -1,0 +1,216 @@
+"""What every engine does: `from tests.support.engine_contract import *` in a test module that has a
+fixture `engine` (a started engine of `CONFIG`). Tests share the engine, so each has prompts of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from thunder_rollout.engine.config import EngineConfig
+from thunder_rollout.engine.protocol import Engine, EngineStats, GenerateRequest, Generation, Sampling
+from thunder_rollout.errors import RequestError
+
+VOCAB_SIZE = 512
+CONFIG = EngineConfig(
+    model="",
+    max_model_len=2048,
+    kv_cache_tokens=4096,
+    block_size=32,
+    max_num_seqs=16,
+    max_num_batched_tokens=256,
+    enforce_eager=True,
+)
+GREEDY = Sampling(max_tokens=20, temperature=0.0, ignore_eos=True)
+
+_numbers = itertools.count()
+
+
+def new_prompt(num_tokens: int) -> list[int]:
+    return random.Random(next(_numbers)).choices(range(VOCAB_SIZE), k=num_tokens)
+
+
+def new_request(prompt_ids: list[int], sampling: Sampling = GREEDY, **changes: Any) -> GenerateRequest:
+    return GenerateRequest(
+        request_id=f"r{next(_numbers)}", prompt_ids=prompt_ids, sampling=replace(sampling, **changes)
+    )
+
+
+async def run(engine: Engine, prompt_ids: list[int], **changes: Any) -> Generation:
+    return await engine.generate(new_request(prompt_ids, **changes))
+
+
+async def settled(engine: Engine) -> EngineStats:
+    """Statistics once nothing runs."""
+    for _ in range(1000):
+        stats = await engine.stats()
+        if not (stats.running or stats.waiting or stats.used_tokens):
+            return stats
+        await asyncio.sleep(0.01)
+    pytest.fail(f"still busy after 10 s: {stats}")
+
+
+async def test_a_turn_gives_exact_ids_and_a_logprob_each(engine: Engine) -> None:
+    generation = await run(engine, new_prompt(100), temperature=1.0)
+    assert len(generation.token_ids) == len(generation.logprobs) == 20
+    assert all(0 <= token_id < VOCAB_SIZE for token_id in generation.token_ids)
+    assert all(math.isfinite(logprob) and logprob <= 0 for logprob in generation.logprobs)
+    assert (generation.finish_reason, generation.prompt_tokens, generation.cached_tokens) == ("length", 100, 0)
+    assert min(generation.queue_s, generation.prefill_s, generation.decode_s) >= 0
+    assert 0 < generation.prefill_s + generation.decode_s < 60
+
+
+async def test_greedy_turns_repeat(engine: Engine) -> None:
+    prompt = new_prompt(70)
+    first, second = await run(engine, prompt), await run(engine, prompt)
+    assert first.token_ids == second.token_ids
+
+
+async def test_a_stop_token_ends_the_turn_and_is_part_of_it(engine: Engine) -> None:
+    prompt = new_prompt(50)
+    whole = (await run(engine, prompt)).token_ids
+    stop = whole[5]
+    cut = await run(engine, prompt, stop_token_ids=(stop,))
+    assert cut.token_ids == whole[: whole.index(stop) + 1]
+    assert len(cut.logprobs) == len(cut.token_ids)
+    assert cut.finish_reason == "stop"
+
+
+async def test_the_next_turn_finds_its_history_in_the_cache(engine: Engine) -> None:
+    prompt = new_prompt(100)
+    first = await run(engine, prompt)
+    second = await run(engine, [*prompt, *first.token_ids, *new_prompt(30)])
+    computed = 100 + 20 - 1  # the last token was sampled but never computed
+    assert second.cached_tokens == computed // 32 * 32
+
+
+async def test_a_full_hit_still_computes_the_last_token(engine: Engine) -> None:
+    prompt = new_prompt(96)
+    await run(engine, prompt)
+    assert (await run(engine, prompt)).cached_tokens == 64
+
+
+async def test_a_forked_history_shares_its_prefix(engine: Engine) -> None:
+    prompt = new_prompt(320)
+    await run(engine, prompt)
+    fork = [*prompt[:200], *new_prompt(100)]
+    assert (await run(engine, fork)).cached_tokens == 192
+
+
+async def test_reset_forgets_the_cache(engine: Engine) -> None:
+    prompt = new_prompt(100)
+    await run(engine, prompt)
+    await settled(engine)
+    await engine.reset_prefix_cache()
+    assert (await run(engine, prompt)).cached_tokens == 0
+
+
+async def test_reset_spares_running_turns(engine: Engine) -> None:
+    turn = asyncio.create_task(run(engine, new_prompt(100), max_tokens=200))
+    await asyncio.sleep(0.05)
+    await engine.reset_prefix_cache()
+    assert len((await turn).token_ids) == 200
+
+
+async def test_abort_returns_what_there_is(engine: Engine) -> None:
+    request = new_request(new_prompt(100), max_tokens=1500)
+    turn = asyncio.create_task(engine.generate(request))
+    await asyncio.sleep(0.3)
+    await engine.abort(request.request_id)
+    generation = await turn
+    assert generation.finish_reason == "abort"
+    assert 0 < len(generation.token_ids) == len(generation.logprobs) < 1500
+    assert (await settled(engine)).running == 0
+
+
+async def test_abort_of_an_unknown_turn_is_nothing(engine: Engine) -> None:
+    await engine.abort("no-such-request")
+    await run(engine, new_prompt(10))
+
+
+async def test_cancelling_a_turn_aborts_it(engine: Engine) -> None:
+    for delay_s in (0.0, 0.001, 0.1):
+        turn = asyncio.create_task(run(engine, new_prompt(100), max_tokens=1500))
+        await asyncio.sleep(delay_s)
+        turn.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await turn
+        assert (await settled(engine)).used_tokens == 0
+
+
+BAD_REQUESTS: list[tuple[str, list[int], dict[str, Any]]] = [
+    ("prompt_ids", [], {}),
+    ("prompt_ids", [VOCAB_SIZE], {}),
+    ("prompt_ids", [-1], {}),
+    ("prompt_ids", ["text"], {}),  # type: ignore[list-item]
+    ("max_tokens", [1] * 2040, {}),
+    ("max_tokens", [1], {"max_tokens": 0}),
+    ("max_tokens", [1], {"max_tokens": 10**9}),
+    ("temperature", [1], {"temperature": -0.1}),
+    ("temperature", [1], {"temperature": math.nan}),
+    ("temperature", [1], {"temperature": 2.5}),
+    ("top_p", [1], {"top_p": 0.0}),
+    ("top_p", [1], {"top_p": 1.1}),
+    ("top_k", [1], {"top_k": -2}),
+    ("min_p", [1], {"min_p": 2.0}),
+    ("repetition_penalty", [1], {"repetition_penalty": 0.0}),
+    ("stop_token_ids", [1], {"stop_token_ids": (VOCAB_SIZE,)}),
+    ("seed", [1], {"seed": 7}),
+]
+
+
+@pytest.mark.parametrize(("field", "prompt_ids", "changes"), BAD_REQUESTS)
+async def test_a_bad_request_is_refused_and_others_are_served(
+    engine: Engine, field: str, prompt_ids: list[int], changes: dict[str, Any]
+) -> None:
+    other = asyncio.create_task(run(engine, new_prompt(40)))
+    with pytest.raises(RequestError, match=rf"r\d+: {field}: "):
+        await run(engine, prompt_ids, **changes)
+    assert len((await other).token_ids) == 20
+
+
+async def test_two_turns_of_one_id_are_refused(engine: Engine) -> None:
+    request = new_request(new_prompt(40), max_tokens=100)
+    first = asyncio.create_task(engine.generate(request))
+    await asyncio.sleep(0)
+    with pytest.raises(RequestError, match="request_id"):
+        await engine.generate(request)
+    assert len((await first).token_ids) == 100
+
+
+async def test_every_kind_of_sampling_is_served_in_one_batch(engine: Engine) -> None:
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 1.0},
+        {"temperature": 0.0},
+        {"temperature": 0.5, "top_p": 0.9},
+        {"temperature": 1.0, "top_k": 5},
+        {"temperature": 1.0, "min_p": 0.1},
+        {"temperature": 1.0, "repetition_penalty": 1.2},
+        {"temperature": 1.0, "stop_token_ids": (3, 5)},
+        {"temperature": 1.0, "ignore_eos": False},
+    ]
+    turns = [run(engine, new_prompt(300), **kinds[number % len(kinds)]) for number in range(3 * len(kinds))]
+    assert all(generation.finish_reason in ("length", "stop") for generation in await asyncio.gather(*turns))
+
+
+async def test_turns_that_outgrow_the_pool_are_preempted_and_finish(engine: Engine) -> None:
+    before = (await settled(engine)).preemptions
+    turns = [run(engine, new_prompt(900), max_tokens=600) for _ in range(4)]
+    assert [len(generation.token_ids) for generation in await asyncio.gather(*turns)] == [600] * 4
+    assert (await settled(engine)).preemptions > before
+
+
+async def test_statistics_add_up(engine: Engine) -> None:
+    before = await settled(engine)
+    prompt = new_prompt(100)
+    for _ in range(2):
+        await run(engine, prompt)
+    after = await settled(engine)
+    assert after.prompt_tokens - before.prompt_tokens == 200
+    assert after.cached_tokens - before.cached_tokens == 96
+    assert after.output_tokens - before.output_tokens == 40

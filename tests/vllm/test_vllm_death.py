@@ -1,0 +1,88 @@
+"""An engine's processes and its owner's: neither outlives the other unnoticed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support.engine_contract import CONFIG, new_prompt, run
+from thunder_rollout.engine.random_model import write_preset
+from thunder_rollout.engine.vllm import VllmEngine
+from thunder_rollout.errors import EngineDied
+
+GONE_WITHIN_S = 20
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_preset("qwen2_test", tmp_path_factory.mktemp("model")).path
+
+
+def engine_processes() -> set[int]:
+    """Our descendants, without the dead and Python's own helper."""
+    found = set()
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # a zombie has no command line
+            if "resource_tracker" not in " ".join(child.cmdline()):
+                found.add(child.pid)
+    return found
+
+
+def test_no_process_outlives_its_killed_owner(model: Path) -> None:
+    command = [sys.executable, "-m", "tests.support.engine_owner", str(model)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        pids: list[int] = []
+        for line in owner.stdout:
+            if line.startswith("pids"):
+                pids = [int(word) for word in line.split()[1:]]
+                break
+        owner.send_signal(signal.SIGKILL)
+    assert len(pids) >= 2, "the engine core and its worker"
+    deadline = time.monotonic() + GONE_WITHIN_S
+    while alive := [pid for pid in pids if psutil.pid_exists(pid)]:
+        assert time.monotonic() < deadline, f"still there: {alive}"
+        time.sleep(0.2)
+
+
+async def test_a_dead_engine_core_is_an_engine_died(model: Path) -> None:
+    engine = VllmEngine(replace(CONFIG, model=str(model)))
+    before = engine_processes()
+    await engine.start()
+    try:
+        turns = [asyncio.create_task(run(engine, new_prompt(100), max_tokens=1500)) for _ in range(4)]
+        await asyncio.sleep(0.5)
+        for pid in engine_processes() - before:
+            os.kill(pid, signal.SIGKILL)
+        async with asyncio.timeout(30):
+            failures = await asyncio.gather(*turns, return_exceptions=True)
+            assert all(isinstance(failure, EngineDied) for failure in failures), failures
+            with pytest.raises(EngineDied, match="died"):
+                await run(engine, new_prompt(10))
+    finally:
+        await engine.stop()
+    await engine.stop()
+
+
+async def test_a_cancelled_start_leaves_nothing(model: Path) -> None:
+    engine = VllmEngine(replace(CONFIG, model=str(model)))
+    before = engine_processes()
+    starting = asyncio.create_task(engine.start())
+    await asyncio.sleep(2)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    await engine.stop()
+    with pytest.raises(EngineDied):
+        await run(engine, [1])
+    assert not engine_processes() - before

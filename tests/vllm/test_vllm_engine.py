@@ -1,0 +1,99 @@
+"""The contract on a real vLLM engine, and that `FakeEngine` tells the truth about its cache."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import pytest
+import pytest_asyncio
+
+from tests.support.engine_contract import *  # noqa: F403
+from tests.support.engine_contract import CONFIG, VOCAB_SIZE, new_prompt, new_request, run, settled
+from thunder_rollout.engine.fake import FakeEngine
+from thunder_rollout.engine.protocol import Engine, EngineInfo
+from thunder_rollout.engine.random_model import write_preset
+from thunder_rollout.engine.vllm import VllmEngine
+from thunder_rollout.errors import ConfigError
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def started(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tuple[VllmEngine, EngineInfo]]:
+    model = write_preset("qwen2_test", tmp_path_factory.mktemp("model"))
+    vllm = VllmEngine(replace(CONFIG, model=str(model.path)))
+    try:
+        yield vllm, await vllm.start()
+    finally:
+        await vllm.stop()
+
+
+@pytest.fixture
+def engine(started: tuple[VllmEngine, EngineInfo]) -> VllmEngine:
+    return started[0]
+
+
+async def test_what_it_says_of_itself(started: tuple[VllmEngine, EngineInfo]) -> None:
+    _, info = started
+    assert (info.capacity_tokens, info.block_size) == (4096, 32)
+    assert (info.max_running, info.max_model_len) == (16, 2048)
+
+
+async def test_it_holds_what_it_says(engine: Engine) -> None:
+    """Two turns that fill the pool to the last block run side by side, without preemption."""
+    before = await settled(engine)
+    await asyncio.gather(*(run(engine, new_prompt(2000), max_tokens=48) for _ in range(2)))
+    assert (await settled(engine)).preemptions == before.preemptions
+
+
+async def test_the_fake_agrees_on_every_hit(engine: Engine) -> None:
+    """Programs take turns on a pool too small for all; the same turns, in the same order, hit the
+    same tokens in both engines."""
+    rng = random.Random(0)
+    programs = [new_prompt(rng.randrange(20, 300)) for _ in range(8)]
+    await settled(engine)
+    await engine.reset_prefix_cache()
+    turns: list[tuple[list[int], list[int], int]] = []
+    for _ in range(60):
+        context = rng.choice(programs)
+        if len(context) > 1200:
+            del context[rng.randrange(100, 1000) :]  # a program may edit its history
+        generation = await run(engine, context, max_tokens=rng.randrange(1, 60))
+        turns.append((list(context), generation.token_ids, generation.cached_tokens))
+        context += [*generation.token_ids, *rng.choices(range(VOCAB_SIZE), k=rng.randrange(1, 150))]
+    outputs = iter([output for _, output, _ in turns])
+    fake = FakeEngine(CONFIG, script=lambda prompt_ids, sampling: next(outputs), vocab_size=VOCAB_SIZE)
+    await fake.start()
+    hits = [(await run(fake, prompt, max_tokens=60)).cached_tokens for prompt, _, _ in turns]
+    await fake.stop()
+    assert hits == [cached for _, _, cached in turns]
+    assert 0 in hits
+    assert len(set(hits)) > 10
+
+
+async def test_another_engine_argument_is_refused_by_name(engine: VllmEngine) -> None:
+    for extra, message in (
+        ({"max_logprob": 1}, r"engine\.extra\.max_logprob: .*did you mean engine\.extra\.max_logprobs"),
+        ({"model": "x"}, r"engine\.extra\.model: .*use engine\.model"),
+        ({"num_gpu_blocks_override": 9}, r"use engine\.kv_cache_tokens"),
+        ({"scheduling_policy": "no"}, r"engine: vLLM refuses this configuration"),
+    ):
+        other = VllmEngine(replace(engine._config, extra=extra))
+        with pytest.raises(ConfigError, match=message):
+            await other.start()
+        await other.stop()
+
+
+async def test_a_turn_that_never_ran_can_be_aborted(engine: Engine) -> None:
+    running = [asyncio.create_task(run(engine, new_prompt(100), max_tokens=150)) for _ in range(16)]
+    await asyncio.sleep(0.1)
+    request = new_request(new_prompt(40))
+    waiting = asyncio.create_task(engine.generate(request))
+    await asyncio.sleep(0.05)
+    await engine.abort(request.request_id)
+    generation = await waiting
+    assert (generation.token_ids, generation.finish_reason, generation.cached_tokens) == ([], "abort", 0)
+    await asyncio.gather(*running)
