@@ -44,7 +44,7 @@ class ModelClient(Protocol):
 class AgentLoop:
     """Runs one episode.
 
-    `max_model_len` is the engine's; `sampling.max_tokens` is set turn by turn from the limits.
+    `max_model_len` is the engine's; of `sampling`, `max_tokens` and `stop_token_ids` are set here.
     `on_turn` hears of every finished turn (progress, metrics).
     """
 
@@ -65,7 +65,8 @@ class AgentLoop:
                 return self._end(trajectory, EndReason.MAX_TOKENS)
             if self.clock() - started - queued_s > self.config.max_episode_s:
                 return self._end(trajectory, EndReason.MAX_TIME)
-            result = await model.turn(trajectory.context_ids, replace(self.sampling, max_tokens=budget))
+            sampling = replace(self.sampling, max_tokens=budget, stop_token_ids=(self.chat.end_id,))
+            result = await model.turn(trajectory.context_ids, sampling)
             queued_s += result.queue_s
             if await self._act(trajectory, result, model, sandbox):
                 return self._end(trajectory, EndReason.SUBMITTED)

@@ -44,8 +44,8 @@ def mean_context_tokens(config: WorkloadConfig) -> float:
 
 
 def longest_context_tokens(config: WorkloadConfig) -> int:
-    """A bound on any program's context: lengths are cut at three times their means."""
-    return 3 * (config.prompt_tokens + (config.observation_tokens + config.output_tokens) * config.num_turns)
+    """A bound on any program's context: lengths are cut at twice their means."""
+    return 2 * (config.prompt_tokens + (config.observation_tokens + config.output_tokens) * config.num_turns)
 
 
 def _script(config: WorkloadConfig, rng: random.Random, vocab_size: int) -> list[ScriptedTurn]:
@@ -59,7 +59,7 @@ def _script(config: WorkloadConfig, rng: random.Random, vocab_size: int) -> list
 
 
 def _draw(rng: random.Random, mean: int, spread: float) -> int:
-    return max(1, min(3 * mean, round(_lognormal(rng, mean, spread))))
+    return max(1, min(2 * mean, round(_lognormal(rng, mean, spread))))
 
 
 def _lognormal(rng: random.Random, mean: float, spread: float) -> float:
