@@ -1,0 +1,120 @@
+"""Bad input at the command line: the field and the remedy, exit code 2, no traceback, nothing started."""
+
+import json
+import sys
+
+import pytest
+
+from thunder_rollout.cli import main
+from thunder_rollout.engine.random_model import write_preset
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_preset("qwen2_test", tmp_path_factory.mktemp("model")).path
+
+
+@pytest.fixture
+def refused(capfd, monkeypatch, tmp_path):
+    """Run a command that must be refused; returns what it said."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["thunder-rollout", *args])
+        with pytest.raises(SystemExit) as ended:
+            main(list(args))
+        said = capfd.readouterr()
+        assert ended.value.code not in (0, None)
+        assert "Traceback" not in said.err + said.out
+        return said.err + said.out
+
+    return run
+
+
+def write_tasks(path, **changes) -> str:
+    row = {
+        "instance_id": "org__repo-1",
+        "repo": "org/repo",
+        "base_commit": "abc",
+        "problem_statement": "fix",
+        "image_name": "some/image",
+        "FAIL_TO_PASS": ["t.py::test"],
+        "PASS_TO_PASS": "[]",
+        "patch": "",
+        "test_patch": "",
+    } | changes
+    path.write_text(json.dumps({k: v for k, v in row.items() if v is not None}) + "\n")
+    return f"task.path={path}"
+
+
+def test_a_misspelt_override_is_named(refused):
+    said = refused("rollout", "rollout.num_engine=1")
+    assert "num_engine" in said
+
+
+def test_a_misspelt_group_option_is_named_with_the_choices(refused):
+    said = refused("rollout", "scheduler=thunderr")
+    assert "thunderr" in said
+    assert "thunder" in said
+
+
+def test_a_wrong_type_is_named(refused):
+    assert "rollout.n" in refused("rollout", "rollout.n=four")
+
+
+def test_zero_engines_are_refused(refused):
+    said = refused("rollout", "rollout.num_engines=0")
+    assert "rollout.num_engines" in said
+    assert "at least 1" in said
+
+
+def test_a_model_folder_that_is_not_there_is_refused(refused):
+    assert "engine.model" in refused("rollout", "engine.model=/no/such/model")
+
+
+def test_a_model_folder_without_a_tokenizer_is_refused(refused, model, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_text((model / "config.json").read_text())
+    said = refused("rollout", f"engine.model={bare}")
+    assert "engine.model" in said
+    assert "tokenizer" in said
+
+
+def test_a_task_file_that_is_not_there_is_refused(refused, model):
+    said = refused("rollout", f"engine.model={model}", "task=file", "task.path=/no/such.jsonl")
+    assert "/no/such.jsonl" in said
+
+
+def test_a_task_row_without_an_image_is_refused(refused, model, tmp_path):
+    path = write_tasks(tmp_path / "tasks.jsonl", image_name=None)
+    said = refused("rollout", f"engine.model={model}", "task=file", path)
+    assert "org__repo-1" in said
+    assert "image" in said
+
+
+def test_a_kv_pool_too_small_for_the_longest_turn_is_refused(refused, model):
+    said = refused("rollout", f"engine.model={model}", "engine.kv_cache_tokens=1024", "engine.max_model_len=8192")
+    assert "engine.kv_cache_tokens" in said
+
+
+def test_an_unknown_policy_is_refused_with_the_choices(refused, model):
+    said = refused("rollout", f"engine.model={model}", "scheduler.policy=fifo")
+    assert "scheduler.policy" in said
+    assert "sticky" in said
+
+
+def test_a_benchmark_of_no_policy_is_refused(refused):
+    assert "policies" in refused("bench", "policies=[fastest]")
+
+
+def test_refusals_leave_no_run_folder(refused, model, tmp_path):
+    refused("rollout", f"engine.model={model}", "task=file", "task.path=/no/such.jsonl")
+    assert not (tmp_path / "runs" / "latest" / "summary.json").exists()
+
+
+def test_help_names_the_commands(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    assert "rollout" in capsys.readouterr().out
