@@ -12,7 +12,6 @@ import asyncio
 import dataclasses
 import logging
 import os
-import subprocess
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -22,7 +21,7 @@ from dataclasses import dataclass
 from thunder_rollout.errors import SandboxFailed
 from thunder_rollout.sandbox.config import BackendChoice, SandboxConfig, select_backend
 from thunder_rollout.sandbox.protocol import ExecResult, Sandbox, SandboxSpec
-from thunder_rollout.sandbox.reaper import start_reaper, sweep
+from thunder_rollout.sandbox.reaper import Reaper, sweep
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +55,7 @@ class SandboxHost:
         self._owner_pid = owner_pid
         self._make = make
         self._choice = BackendChoice(backend="fake", reason="handed in")
-        self._reaper: subprocess.Popen | None = None
+        self._reaper: Reaper | None = None
         self._starts = asyncio.Semaphore(config.max_starts)
         self._slots: dict[str, _Slot] = {}
         self._stops: set[asyncio.Task[None]] = set()
@@ -76,13 +75,7 @@ class SandboxHost:
             num_swept = await asyncio.to_thread(self._sweep)
             if num_swept:
                 logger.info("run=%s: removed %d sandboxes of an earlier life", self._run, num_swept)
-            self._reaper = start_reaper(
-                run=self._run,
-                session=self._session,
-                backend=self._choice.backend,
-                docker_host=self._config.docker_host,
-                pids=[os.getpid(), *([self._owner_pid] if self._owner_pid else [])],
-            )
+            self._reaper = await asyncio.to_thread(self._start_reaper)
             self._make = await self._backend(images)
         return self._choice
 
@@ -151,8 +144,7 @@ class SandboxHost:
         await asyncio.gather(*(self.release(program) for program in list(self._slots)))
         await asyncio.gather(*self._stops)
         if self._reaper is not None:
-            self._reaper.terminate()
-            await asyncio.to_thread(self._reaper.wait)
+            self._reaper.stop()
             self._reaper = None
             await asyncio.to_thread(self._sweep, self._session)
 
@@ -203,6 +195,15 @@ class SandboxHost:
             docker_host=self._config.docker_host,
             session=session,
             keep=self._session,
+        )
+
+    def _start_reaper(self) -> Reaper:
+        return Reaper(
+            run=self._run,
+            session=self._session,
+            backend=self._choice.backend,
+            docker_host=self._config.docker_host,
+            pids=[os.getpid(), *([self._owner_pid] if self._owner_pid else [])],
         )
 
     async def _backend(self, images: Sequence[str]) -> MakeSandbox:

@@ -35,6 +35,7 @@ from thunder_rollout.sandbox.shell import Exit, ShellSandbox
 logger = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 65_536  # also what a Linux pipe holds
+_PF_EXITING = 0x4  # linux/sched.h, the flags of /proc/<pid>/stat
 _KILL_EVERY_S = 0.2
 _KILL_PATIENCE_S = 5.0
 _REMEDY = (
@@ -50,20 +51,26 @@ class LocalSandbox(ShellSandbox):
         self._cgroup: cgroups.Cgroup | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._init_pid = 0
+        self._control = -1  # the write end of PID 1's stdin
 
     async def _boot(self) -> None:
         run, session = self.spec.labels.get("run", "none"), self.spec.labels.get("session", "none")
         limits = self.spec.limits
         self._cgroup = cgroups.create(run, f"{cgroups.safe_name(session).replace('-', '_')}-{self._name}", limits)
-        self._process = await asyncio.create_subprocess_exec(
-            *start_argv(limits, procs_files=self._procs_files(), marker=_marker(run, session)),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-            env=inner_env() | {"PATH": _tool_path()},
-            cwd="/",
-        )
+        reader, self._control = os.pipe()
+        os.set_blocking(self._control, False)
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                *start_argv(limits, procs_files=self._procs_files(), marker=_marker(run, session)),
+                stdin=reader,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+                env=inner_env() | {"PATH": _tool_path()},
+                cwd="/",
+            )
+        finally:
+            os.close(reader)
         assert self._process.stdout is not None and self._process.stderr is not None
         ready = await self._process.stdout.readline()
         if not ready.startswith(b"ready "):
@@ -161,15 +168,12 @@ class LocalSandbox(ShellSandbox):
         await process.wait()
 
     async def _clear(self) -> None:
-        if self._process is not None and self._process.stdin is not None and not self._process.stdin.is_closing():
-            self._process.stdin.write(b"kill\n")
+        if self._control >= 0:
+            with contextlib.suppress(BrokenPipeError, BlockingIOError):
+                os.write(self._control, b"kill\n")
 
     def _require_init(self) -> None:
-        if (
-            self._process is None
-            or self._process.returncode is not None
-            or not os.path.exists(f"/proc/{self._init_pid}")
-        ):
+        if self._process is None or self._process.returncode is not None or not _is_alive(self._init_pid):
             raise SandboxFailed("sandbox: it died (its PID 1 is gone: time to live over, out of memory, or killed)")
 
     def _procs_files(self) -> list[str]:
@@ -180,14 +184,20 @@ class LocalSandbox(ShellSandbox):
         return f"ulimit -v {limits.memory_bytes // 1024} -u {limits.pids}\n"
 
     def _kill_init(self) -> None:
-        """SIGKILL; `unshare --kill-child` and the pid namespace take the rest along."""
-        if self._process is not None and self._process.returncode is None:
-            self._process.kill()
+        """The pid namespace takes the rest along, and `unshare` ends when PID 1 has."""
+        if self._process is None or self._process.returncode is not None:
+            return
+        if self._init_pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._init_pid, signal.SIGKILL)
+        else:
+            self._process.kill()  # not ready yet: --kill-child passes it on
 
     async def _destroy(self) -> None:
+        if self._control >= 0:
+            os.close(self._control)
+            self._control = -1
         if self._process is not None:
-            if self._process.stdin is not None:
-                self._process.stdin.close()
             self._kill_init()
             await self._process.wait()
         if self._cgroup is not None:
@@ -231,6 +241,16 @@ def sweep_local(run: str, is_ours: Callable[[str], bool]) -> int:
 def _marker(run: str, session: str) -> str:
     """Stands in the command lines of a local sandbox's first processes, for `sweep_local`."""
     return f"thunder-sandbox:{cgroups.safe_name(run)}:{session and cgroups.safe_name(session)}"
+
+
+def _is_alive(pid: int) -> bool:
+    """False also for a process that has begun to exit: PID 1 goes last in its namespace."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            state, *_, flags = file.read().rpartition(")")[2].split()[:7]
+    except OSError:
+        return False
+    return state not in "ZX" and not int(flags) & _PF_EXITING
 
 
 def _command_line(pid: str) -> list[str]:

@@ -55,6 +55,9 @@ _DROP_CAPABILITIES = (
 _BECOME_SANDBOX_USER = ("setpriv", f"--reuid={SANDBOX_UID}", f"--regid={SANDBOX_UID}", "--clear-groups", "--")
 _NAMESPACES = ("--mount", "--pid", "--net", "--ipc", "--uts", "--cgroup")
 
+# bash would read ~/.bashrc where its stdin is a socket, as it is under uvloop.
+_BASH = ("bash", "--norc", "-c")
+
 # $1 = files to write the process id to, colon separated; then a command.
 _PLACE = 'IFS=:; for procs in $1; do echo $$ > "$procs"; done; shift; exec "$@"'
 
@@ -64,15 +67,15 @@ def start_argv(limits: SandboxLimits, *, procs_files: list[str], marker: str) ->
     `INIT_SCRIPT`'s commands from stdin. `marker` stands in the command lines, for the reaper."""
     root = os.geteuid() == 0
     unshare = ["unshare", *_NAMESPACES, "--fork", "--kill-child"]
-    enter = [*unshare, "--", "bash", "-c", _enter_script(marker, math.ceil(limits.ttl_s)), marker]
+    enter = [*unshare, "--", *_BASH, _enter_script(marker, math.ceil(limits.ttl_s)), marker]
     if root:
         enter = [*_BECOME_SANDBOX_USER, "unshare", "--user", "--map-root-user", *enter[1:]]
     build = f"{_build_script(limits)}\nexec {' '.join(quote(part) for part in enter)}\n"
     outer = ["unshare", "--mount", "--propagation=private"]
     if not root:
         outer += ["--user", "--map-root-user"]
-    shield = ["bash", "-c", 'echo -900 > /proc/self/oom_score_adj; exec "$@"', marker] if root else []
-    return _placed(procs_files, [*shield, *outer, "--", "bash", "-c", build, marker])
+    shield = [*_BASH, 'echo -900 > /proc/self/oom_score_adj; exec "$@"', marker] if root else []
+    return _placed(procs_files, [*shield, *outer, "--", *_BASH, build, marker])
 
 
 def exec_argv(
@@ -86,7 +89,7 @@ def exec_argv(
     if os.geteuid() == 0:
         nsenter = [*_BECOME_SANDBOX_USER, *nsenter]
     inside = [*_DROP_CAPABILITIES, "env", *(f"{key}={value}" for key, value in env.items())]
-    return _placed(procs_files, [*nsenter, *inside, "bash", "-c", script, "bash", *args])
+    return _placed(procs_files, [*nsenter, *inside, *_BASH, script, "bash", *args])
 
 
 def inner_env() -> dict[str, str]:
@@ -113,7 +116,7 @@ def missing_tools() -> list[str]:
 
 
 def _placed(procs_files: list[str], argv: list[str]) -> list[str]:
-    return ["bash", "-c", _PLACE, "thunder-place", ":".join(procs_files), *argv] if procs_files else argv
+    return [*_BASH, _PLACE, "thunder-place", ":".join(procs_files), *argv] if procs_files else argv
 
 
 def _build_script(limits: SandboxLimits) -> str:
@@ -159,7 +162,7 @@ rmdir /.host
 {python} -I -S -c {quote(_LOOPBACK_UP)}
 echo "ready $host_pid"
 exec > /dev/null 2>&1
-exec {drop} bash -c {quote(INIT_SCRIPT)} {quote(marker)} {ttl_s}
+exec {drop} bash --norc -c {quote(INIT_SCRIPT)} {quote(marker)} {ttl_s}
 """
 
 

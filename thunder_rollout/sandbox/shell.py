@@ -51,7 +51,7 @@ exit 0
 EXEC_SCRIPT = """
 { echo 500 > /proc/self/oom_score_adj; } 2>/dev/null
 cd -- "$1" 2>/dev/null || { echo "bash: cd: $1: the working directory is gone" >&2; cd /; }
-exec bash -c "$2"
+exec bash --norc -c "$2"
 """
 
 _MISSING = 44

@@ -1,0 +1,153 @@
+"""The contract on a real Docker engine, and what only containers promise."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import docker
+import pytest
+
+from tests.support.sandbox_contract import *  # noqa: F403
+from tests.support.sandbox_contract import LIMITS, SPEC, MakeSandbox, started
+from thunder_rollout.errors import ConfigError, SandboxFailed
+from thunder_rollout.sandbox.config import SandboxConfig, select_backend
+from thunder_rollout.sandbox.docker import DockerSandbox
+from thunder_rollout.sandbox.docker_engine import DockerEngine, sweep_docker
+from thunder_rollout.sandbox.images import ensure_image, ensure_toy_image
+
+RUN = f"test-docker-{os.getpid()}"
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[docker.DockerClient]:
+    client = docker.from_env(timeout=300)
+    ensure_toy_image(client)
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def engine(client: docker.DockerClient) -> Iterator[DockerEngine]:
+    engine = DockerEngine()
+    yield engine
+    left = [*containers(client, RUN), *containers(client, "cancelled")]
+    engine.close()
+    assert left == []
+
+
+@pytest.fixture
+def make(engine: DockerEngine) -> MakeSandbox:
+    return lambda spec: DockerSandbox(replace(spec, labels={"run": RUN} | spec.labels), engine)
+
+
+def containers(client: docker.DockerClient, run: str) -> list[str]:
+    return [found["Id"] for found in client.api.containers(all=True, filters={"label": f"thunder.run={run}"})]
+
+
+async def test_labels_and_limits_are_the_engines(make: MakeSandbox, client: docker.DockerClient) -> None:
+    async with started(make, labels={"task": "t1", "program": "p#0"}):
+        [container_id] = containers(client, RUN)
+        state = client.api.inspect_container(container_id)
+        labels, host = state["Config"]["Labels"], state["HostConfig"]
+        assert labels["thunder.task"] == "t1"
+        assert 0 < int(labels["thunder.lease"]) - time.time() <= LIMITS.ttl_s
+        assert host["NetworkMode"] == "none"
+        assert host["Memory"] == host["MemorySwap"] == LIMITS.memory_bytes
+        assert (host["PidsLimit"], host["NanoCpus"]) == (LIMITS.pids, int(LIMITS.cpus * 1e9))
+        assert host["AutoRemove"]
+
+
+async def test_an_image_that_is_not_there_names_the_remedy(make: MakeSandbox) -> None:
+    sandbox = make(replace(SPEC, image="thunder-no-such-image:1"))
+    with pytest.raises(SandboxFailed, match="no image 'thunder-no-such-image:1'; pull or build"):
+        await sandbox.start()
+
+
+def test_an_image_that_can_not_be_pulled_names_the_remedy(client: docker.DockerClient) -> None:
+    with pytest.raises(SandboxFailed, match="can't pull it"):
+        ensure_image(client, "localhost:1/thunder-no-such-image:1")
+
+
+async def test_a_container_removed_from_outside_is_a_typed_error(
+    make: MakeSandbox, client: docker.DockerClient
+) -> None:
+    async with started(make) as box:
+        running = asyncio.create_task(box.exec("sleep 1000", timeout_s=100))
+        await asyncio.sleep(0.5)
+        [container_id] = containers(client, RUN)
+        client.api.remove_container(container_id, force=True)
+        async with asyncio.timeout(10):
+            with pytest.raises(SandboxFailed):
+                await running
+            with pytest.raises(SandboxFailed):
+                await box.exec("true", timeout_s=5)
+
+
+async def test_many_start_and_run_at_once(make: MakeSandbox) -> None:
+    async def one(number: int) -> str:
+        async with started(make, setup="mkdir -p /testbed") as box:
+            return (await box.exec(f"sleep 0.5; echo {number}", timeout_s=30)).output
+
+    assert await asyncio.gather(*(one(number) for number in range(8))) == [f"{number}\n" for number in range(8)]
+
+
+def test_the_engine_is_chosen_and_named() -> None:
+    choice = select_backend(SandboxConfig(backend="auto"))
+    assert choice.backend == "docker"
+    assert "answers at" in choice.reason
+
+
+def test_an_engine_that_is_not_there_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="docker_host"):
+        DockerEngine("unix:///no/such.sock")
+
+
+OWNER = """
+import asyncio, sys
+from thunder_rollout.sandbox.docker import DockerSandbox
+from thunder_rollout.sandbox.docker_engine import DockerEngine
+from thunder_rollout.sandbox.protocol import SandboxSpec
+
+async def main():
+    spec = SandboxSpec(image="thunder-toy:1", setup="mkdir -p /testbed", labels={"run": sys.argv[1]})
+    box = DockerSandbox(spec, DockerEngine())
+    await box.start()
+    print("up", flush=True)
+    await box.exec("trap '' TERM; sleep 4242", timeout_s=1000)
+
+asyncio.run(main())
+"""
+
+
+def test_kill_9_of_the_owner_ends_the_container(client: docker.DockerClient) -> None:
+    run = f"{RUN}-owner"
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, run], stdout=subprocess.PIPE)
+    try:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == b"up\n"
+        assert containers(client, run)
+    finally:
+        owner.kill()
+        owner.communicate()
+    deadline_s = time.monotonic() + 15
+    while containers(client, run) and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+    assert containers(client, run) == []
+
+
+async def test_a_sweep_removes_the_dead_sessions_of_one_run_only(
+    make: MakeSandbox, client: docker.DockerClient
+) -> None:
+    async with (
+        started(make, setup="mkdir -p /testbed", labels={"run": RUN, "session": "old"}),
+        started(make, setup="mkdir -p /testbed", labels={"run": RUN, "session": "new"}) as alive,
+    ):
+        assert await asyncio.to_thread(sweep_docker, None, "another", lambda session: True) == 0
+        assert await asyncio.to_thread(sweep_docker, None, RUN, lambda session: session != "new") == 1
+        assert (await alive.exec("echo on", timeout_s=10)).output == "on\n"

@@ -1,0 +1,292 @@
+"""What every real sandbox does: `from tests.support.sandbox_contract import *` in a test module
+that has a fixture `make` (`MakeSandbox`)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from thunder_rollout.errors import SandboxFailed
+from thunder_rollout.sandbox.protocol import Sandbox, SandboxLimits, SandboxSpec
+
+MakeSandbox = Callable[[SandboxSpec], Sandbox]
+
+LIMITS = SandboxLimits(memory_bytes=256 * 2**20, pids=64, disk_bytes=32 * 2**20, output_bytes=2000)
+SPEC = SandboxSpec(
+    image="thunder-toy:1",
+    files={"/testbed/a.py": b"x = 1\n", "/testbed/sub/b.txt": b"b\n", "/testbed/run.sh": b"#!/bin/sh\necho ran\n"},
+    setup="cd /testbed && git init -q && git add -A && git commit -qm base",
+    limits=LIMITS,
+)
+
+
+@asynccontextmanager
+async def started(make: MakeSandbox, spec: SandboxSpec = SPEC, **changes: Any) -> AsyncIterator[Sandbox]:
+    sandbox = make(replace(spec, **changes))
+    try:
+        await sandbox.start()
+        yield sandbox
+    finally:
+        await sandbox.stop()
+
+
+async def test_exit_codes_output_and_workdir(make: MakeSandbox) -> None:
+    async with started(make) as box:
+        result = await box.exec("pwd; echo err >&2; exit 3", timeout_s=10)
+        assert (result.exit_code, result.output, result.timed_out) == (3, "/testbed\nerr\n", False)
+        assert (await box.exec("true", timeout_s=10)).exit_code == 0
+        assert (await box.exec("no_such_program", timeout_s=10)).exit_code == 127
+        assert (await box.exec("if then", timeout_s=10)).exit_code == 2
+        assert (await box.exec("./run.sh", timeout_s=10)).output == "ran\n"
+
+
+async def test_each_command_is_a_new_shell_on_the_same_files(make: MakeSandbox) -> None:
+    async with started(make) as box:
+        await box.exec("cd /tmp; X=1; echo kept > /tmp/f", timeout_s=10)
+        assert (await box.exec("pwd; echo [$X]; cat /tmp/f", timeout_s=10)).output == "/testbed\n[]\nkept\n"
+
+
+async def test_environment_reaches_the_command_only(make: MakeSandbox) -> None:
+    async with started(make, env={"GREETING": "a 'b' \"c\"", "LD_PRELOAD": "/no/such.so"}) as box:
+        assert (await box.exec("unset LD_PRELOAD; echo $GREETING", timeout_s=10)).output.endswith("a 'b' \"c\"\n")
+
+
+async def test_pytest_and_git_work(make: MakeSandbox) -> None:
+    async with started(make) as box:
+        await box.write_file("/testbed/test_it.py", b"def test_it(): assert 1 + 1 == 2\n")
+        result = await box.exec("python -m pytest -q -p no:cacheprovider && git status --short", timeout_s=60)
+        assert "1 passed" in result.output
+        assert "?? test_it.py" in result.output
+
+
+async def test_output_is_cut_in_the_middle(make: MakeSandbox) -> None:
+    async with started(make) as box:
+        result = await box.exec("echo first; head -c 100000 /dev/zero | tr '\\0' x; echo; echo last", timeout_s=10)
+        assert result.output.startswith("first\n")
+        assert result.output.endswith("last\n")
+        assert "bytes cut" in result.output
+        assert len(result.output) < LIMITS.output_bytes + 100
+
+
+async def test_undecodable_output_is_replaced(make: MakeSandbox) -> None:
+    async with started(make) as box:
+        result = await box.exec("printf 'a\\xff\\xfe\\0b'", timeout_s=10)
+        assert result.output == "a\ufffd\ufffd\0b"
+
+
+async def test_gigabytes_of_output_end_at_the_timeout_or_before(make: MakeSandbox) -> None:
+    async with started(make) as box:
+        result = await box.exec("head -c 3000000000 /dev/zero", timeout_s=1)
+        assert "bytes cut" in result.output
+        assert result.exit_code in (0, 124)
+        assert (await box.exec("echo on", timeout_s=10)).output == "on\n"
+
+
+async def test_a_command_that_ignores_signals_is_killed_with_its_children(make: MakeSandbox) -> None:
+    async with started(make) as box:
+        command = "trap '' TERM INT HUP; (setsid sleep 1000 &); echo here; sleep 1000"
+        began_s = time.monotonic()
+        result = await box.exec(command, timeout_s=1)
+        assert (result.exit_code, result.output, result.timed_out) == (124, "here\n", True)
+        assert time.monotonic() - began_s < 5
+        assert await count_processes(box, "sleep") == 0
+
+
+async def test_a_daemon_outlives_its_command_and_does_not_hold_it(make: MakeSandbox) -> None:
+    async with started(make) as box:
+        began_s = time.monotonic()
+        result = await box.exec("sleep 1000 & echo done", timeout_s=20)
+        assert (result.exit_code, result.output) == (0, "done\n")
+        assert time.monotonic() - began_s < 10
+        assert await count_processes(box, "sleep") == 1
+
+
+async def test_commands_that_kill_their_shell_are_observations(make: MakeSandbox) -> None:
+    async with started(make) as box:
+        assert (await box.exec("kill -9 $$", timeout_s=10)).exit_code == 137
+        await box.exec("kill -9 $PPID; kill -9 -1; kill -9 1; kill -9 $$", timeout_s=10)
+        assert (await box.exec("echo alive", timeout_s=10)).output == "alive\n"
+
+
+async def test_a_fork_bomb_is_bounded_and_leaves_a_working_sandbox(make: MakeSandbox) -> None:
+    async with started(make) as box:
+        result = await box.exec("bomb() { bomb | bomb & wait; }; bomb; sleep 1000", timeout_s=1)
+        assert result.timed_out
+        await asyncio.sleep(1)
+        assert (await box.exec("echo on", timeout_s=10)).output == "on\n"
+
+
+async def test_a_memory_hog_is_killed(make: MakeSandbox) -> None:
+    async with started(make) as box:
+        result = await box.exec("python3 -c 'x = b\"a\" * 10**9'", timeout_s=30)
+        assert result.exit_code != 0
+        assert (await box.exec("echo on", timeout_s=10)).output == "on\n"
+
+
+async def test_a_full_disk_is_an_observation_and_the_diff_still_works(make: MakeSandbox) -> None:
+    async with started(make) as box:
+        await box.exec("echo 'x = 2' > a.py", timeout_s=10)
+        result = await box.exec("head -c 100000000 /dev/zero > /testbed/big.bin", timeout_s=30)
+        assert result.exit_code != 0
+        await box.exec("mv big.bin /var/tmp/big.bin", timeout_s=30)
+        assert b"+x = 2" in await box.diff("HEAD")
+
+
+async def test_there_is_no_network_but_loopback(make: MakeSandbox) -> None:
+    async with started(make) as box:
+        reach = "python3 -c \"import socket; socket.create_connection(('192.0.2.1', 53), 3)\""
+        assert "unreachable" in (await box.exec(reach, timeout_s=10)).output
+        listen = "s = socket.socket(); s.bind(('127.0.0.1', 0)); s.listen(); socket.create_connection(s.getsockname())"
+        assert (await box.exec(f'python3 -c "import socket; {listen}"', timeout_s=10)).exit_code == 0
+
+
+async def test_unrunnable_commands_are_observations(make: MakeSandbox) -> None:
+    async with started(make) as box:
+        for command in ("echo a\0b", "echo " + "x" * 200_000):
+            assert (await box.exec(command, timeout_s=10)).exit_code == 126
+        assert (await box.exec("echo \udce9", timeout_s=10)).exit_code == 0
+        await box.exec("rm -rf /testbed", timeout_s=10)
+        assert "working directory is gone" in (await box.exec("pwd", timeout_s=10)).output
+
+
+async def test_files_are_read_and_written(make: MakeSandbox) -> None:
+    async with started(make) as box:
+        content = bytes(range(256)) * 5000
+        await box.write_file("/testbed/new dir/it's.bin", content)
+        assert await box.read_file("/testbed/new dir/it's.bin") == content
+        await box.write_file("/testbed/empty", b"")
+        assert await box.read_file("/testbed/empty") == b""
+        for path in ("/testbed/missing", "/testbed", "/testbed/\0"):
+            with pytest.raises(FileNotFoundError):
+                await box.read_file(path)
+
+
+async def test_diff_is_empty_without_changes_and_whole_with_them(make: MakeSandbox) -> None:
+    async with started(make) as box:
+        base = (await box.exec("git rev-parse HEAD", timeout_s=10)).output.strip()
+        assert await box.diff(base) == b""
+        await box.exec(
+            "echo 'x = 2' > a.py; git add a.py; git commit -qm mine; mkdir d; printf '\\0\\1\\xff' > d/new.bin;"
+            "git mv sub/b.txt sub/c.txt; chmod -x run.sh; ln -s a.py link",
+            timeout_s=10,
+        )
+        status = (await box.exec("git status --short", timeout_s=10)).output
+        patch = await box.diff(base)
+        assert (await box.exec("git status --short", timeout_s=10)).output == status, "the agent's index is untouched"
+        await box.exec(f"git reset -q --hard {base}; git clean -qfd", timeout_s=10)
+        await box.write_file("/tmp/patch", patch)
+        applied = await box.exec("git apply /tmp/patch && ls -lR && cat a.py && od -c d/new.bin", timeout_s=10)
+        for expected in ("x = 2", "377", "c.txt", "link -> a.py", "-rw-r--r--"):
+            assert expected in applied.output
+        assert "b.txt" not in applied.output
+
+
+async def test_diff_is_not_fooled_by_the_repository(make: MakeSandbox) -> None:
+    async with started(make) as box:
+        tricks = (
+            "git config diff.external 'echo fooled'",
+            "git config core.hooksPath /testbed",
+            "git config core.fileMode false",
+            "git config filter.f.clean 'echo fooled'",
+            "git config diff.f.textconv 'echo fooled'",
+            "echo '* filter=f diff=f' > .gitattributes",
+            "echo a.py > .git/info/exclude",
+            "git update-index --assume-unchanged a.py",
+            "echo 'x = 2' > a.py",
+            "touch .git/index.lock",
+        )
+        assert (await box.exec(" && ".join(tricks), timeout_s=10)).exit_code == 0
+        patch = await box.diff("HEAD")
+        assert b"+x = 2" in patch
+        assert b"fooled" not in patch
+
+
+async def test_a_destroyed_repository_gives_no_patch_and_a_missing_one_an_error(make: MakeSandbox) -> None:
+    async with started(make) as box:
+        with pytest.raises(SandboxFailed):
+            await box.diff("0123456789012345678901234567890123456789")
+        await box.exec("rm -rf .git", timeout_s=10)
+        assert await box.diff("HEAD") == b""
+    async with started(make, setup="") as box:
+        with pytest.raises(SandboxFailed, match="not a git repository"):
+            await box.diff("HEAD")
+
+
+async def test_a_failing_setup_or_missing_workdir_is_a_typed_error(make: MakeSandbox) -> None:
+    for changes, text in (
+        ({"setup": "echo because; exit 7"}, "exit code 7"),
+        ({"setup": "sleep 100", "setup_timeout_s": 0.5}, "took over"),
+        ({"workdir": "/missing"}, "/missing"),
+        ({"files": {"relative": b""}}, "absolute"),
+    ):
+        sandbox = make(replace(SPEC, **changes))
+        with pytest.raises(SandboxFailed, match=text):
+            await sandbox.start()
+        with pytest.raises(SandboxFailed, match="not running"):
+            await sandbox.exec("true", timeout_s=1)
+
+
+async def test_stop_is_idempotent_and_final(make: MakeSandbox) -> None:
+    async with started(make) as box:
+        await asyncio.gather(box.stop(), box.stop())
+        await box.stop()
+        with pytest.raises(SandboxFailed):
+            await box.exec("true", timeout_s=5)
+    never_started = make(SPEC)
+    await never_started.stop()
+    with pytest.raises(SandboxFailed):
+        await never_started.start()
+
+
+async def test_stop_during_a_command_ends_it(make: MakeSandbox) -> None:
+    async with started(make) as box:
+        running = asyncio.create_task(box.exec("sleep 1000", timeout_s=100))
+        await asyncio.sleep(0.3)
+        await box.stop()
+        async with asyncio.timeout(10):
+            with pytest.raises(SandboxFailed):
+                await running
+
+
+async def test_it_ends_by_itself_after_its_time_to_live(make: MakeSandbox) -> None:
+    async with started(make, setup="", limits=replace(LIMITS, ttl_s=1.0)) as box:
+        async with asyncio.timeout(15):
+            with pytest.raises(SandboxFailed):
+                await box.exec("sleep 1000", timeout_s=1000)
+
+
+async def test_cancelling_a_command_kills_it(make: MakeSandbox) -> None:
+    async with started(make) as box:
+        for delay_s in (0.0, 0.005, 0.02, 0.2):
+            running = asyncio.create_task(box.exec("(setsid sleep 1000 &); sleep 1000", timeout_s=100))
+            await asyncio.sleep(delay_s)
+            running.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await running
+            assert await count_processes(box, "sleep") == 0
+
+
+async def test_cancelling_a_start_leaves_nothing(make: MakeSandbox) -> None:
+    for delay_s in (0.0, 0.002, 0.01, 0.03, 0.06, 0.1, 0.2):
+        sandbox = make(replace(SPEC, labels={"run": "cancelled"}))
+        starting = asyncio.create_task(sandbox.start())
+        await asyncio.sleep(delay_s)
+        starting.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await starting
+        await sandbox.stop()
+
+
+async def count_processes(box: Sandbox, name: str) -> int:
+    """How many processes inside have this name; zombies, which PID 1 is about to reap, don't count."""
+    script = (
+        f"for s in /proc/[0-9]*/status; do grep -sqx 'Name:\\s*{name}' $s && ! grep -sq '^State:.Z' $s && echo; done"
+    )
+    return (await box.exec(script, timeout_s=10)).output.count("\n")

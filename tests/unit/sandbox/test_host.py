@@ -1,0 +1,174 @@
+"""`SandboxHost` over fakes: events of one program in every order, cancellation at every await."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+
+import pytest
+
+from thunder_rollout.errors import SandboxFailed
+from thunder_rollout.sandbox.config import SandboxConfig
+from thunder_rollout.sandbox.fake import FakeSandbox
+from thunder_rollout.sandbox.host import SandboxHost
+from thunder_rollout.sandbox.protocol import ExecResult, SandboxSpec
+
+SPEC = SandboxSpec(image="toy", files={"/testbed/a": b"1\n"}, labels={"task": "t"})
+
+
+class Factory:
+    """Makes fakes and remembers them."""
+
+    def __init__(self, start_s: float = 0.0, errors: int = 0) -> None:
+        self.made: list[FakeSandbox] = []
+        self._start_s = start_s
+        self._errors = errors
+        self.max_starting = 0
+
+    def __call__(self, spec: SandboxSpec) -> FakeSandbox:
+        error = SandboxFailed("no luck") if len(self.made) < self._errors else None
+        answer: Callable[[str], ExecResult] = lambda command: ExecResult(
+            exit_code=0, output=command, timed_out=False, took_s=0.0
+        )
+        self.made.append(FakeSandbox(spec, answer, start_s=self._start_s, start_error=error))
+        return self.made[-1]
+
+    def num_running(self) -> int:
+        return sum(fake.running for fake in self.made)
+
+
+async def host_of(factory: Factory, **config: object) -> SandboxHost:
+    host = SandboxHost(SandboxConfig(**config), run="r", make=factory)
+    await host.start()
+    return host
+
+
+async def test_acquire_takes_the_prepared_one() -> None:
+    factory = Factory()
+    host = await host_of(factory)
+    await host.prepare("p", SPEC)
+    await host.acquire("p", SPEC)
+    assert len(factory.made) == 1
+    assert (await host.exec("p", "hi", timeout_s=1)).output == "hi"
+    assert factory.made[0].spec.labels | {"session": ""} == {"task": "t", "run": "r", "program": "p", "session": ""}
+
+
+async def test_prepare_and_acquire_at_once_start_one() -> None:
+    factory = Factory(start_s=0.01)
+    host = await host_of(factory)
+    await asyncio.gather(*(host.prepare("p", SPEC) for _ in range(5)), *(host.acquire("p", SPEC) for _ in range(5)))
+    assert len(factory.made) == 1
+    assert host.stats().num_running == 1
+
+
+async def test_starts_are_bounded() -> None:
+    factory = Factory(start_s=0.01)
+    host = await host_of(factory, max_starts=2)
+    starts = [asyncio.create_task(host.prepare(f"p{i}", SPEC)) for i in range(6)]
+    await asyncio.sleep(0.015)
+    assert factory.num_running() == 2
+    assert host.stats().num_starting == 4
+    await asyncio.gather(*starts)
+    assert factory.num_running() == 6
+
+
+async def test_files_and_diff_go_to_the_programs_own() -> None:
+    host = await host_of(Factory())
+    await asyncio.gather(host.prepare("p", SPEC), host.prepare("q", SPEC))
+    await host.write_file("p", "/testbed/a", b"2\n")
+    assert await host.read_file("p", "/testbed/a") == b"2\n"
+    assert await host.read_file("q", "/testbed/a") == b"1\n"
+    assert b"+2" in await host.diff("p", "HEAD")
+    assert await host.diff("q", "HEAD") == b""
+
+
+async def test_release_is_idempotent_and_the_next_acquire_starts_anew() -> None:
+    factory = Factory()
+    host = await host_of(factory)
+    await host.acquire("p", SPEC)
+    await asyncio.gather(host.release("p"), host.release("p"))
+    await host.release("p")
+    assert factory.num_running() == 0
+    with pytest.raises(SandboxFailed, match="program=p"):
+        await host.exec("p", "hi", timeout_s=1)
+    await host.acquire("p", SPEC)
+    assert len(factory.made) == 2
+
+
+@pytest.mark.parametrize("max_starts", [1, 4])
+async def test_release_while_starting_or_queued_cancels_it(max_starts: int) -> None:
+    factory = Factory(start_s=0.05)
+    host = await host_of(factory, max_starts=max_starts)
+    waiting = [asyncio.create_task(host.acquire(f"p{i}", SPEC)) for i in range(3)]
+    await asyncio.sleep(0.01)
+    await asyncio.gather(*(host.release(f"p{i}") for i in range(3)))
+    for task in waiting:
+        with pytest.raises(SandboxFailed, match="released"):
+            await task
+    assert factory.num_running() == 0
+    assert host.stats().num_starting == 0
+    await host.acquire("again", SPEC)
+
+
+async def test_cancelling_a_waiter_leaves_the_sandbox_to_the_program() -> None:
+    factory = Factory(start_s=0.02)
+    host = await host_of(factory)
+    waiting = asyncio.create_task(host.prepare("p", SPEC))
+    await asyncio.sleep(0.005)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    await host.acquire("p", SPEC)
+    assert len(factory.made) == 1
+
+
+async def test_a_failed_start_reaches_its_waiters_and_the_next_try_is_new() -> None:
+    factory = Factory(errors=1)
+    host = await host_of(factory)
+    for outcome in await asyncio.gather(*(host.acquire("p", SPEC) for _ in range(2)), return_exceptions=True):
+        assert isinstance(outcome, SandboxFailed)
+    await host.acquire("p", SPEC)
+    assert (host.stats().num_failed, host.stats().num_started) == (1, 1)
+
+
+async def test_a_fresh_sandbox_ends_with_its_block() -> None:
+    factory = Factory()
+    host = await host_of(factory)
+    with contextlib.suppress(ZeroDivisionError):
+        async with host.fresh(SPEC) as box:
+            assert (await box.exec("hi", timeout_s=1)).output == "hi"
+            raise ZeroDivisionError
+    assert factory.num_running() == 0
+    assert host.stats().num_running == 0
+
+
+async def test_cancelling_a_fresh_one_while_it_starts_leaves_nothing() -> None:
+    factory = Factory(start_s=0.02)
+    host = await host_of(factory)
+
+    async def use() -> None:
+        async with host.fresh(SPEC):
+            pytest.fail("never reached")
+
+    using = asyncio.create_task(use())
+    await asyncio.sleep(0.005)
+    using.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await using
+    await asyncio.sleep(0.03)
+    assert factory.num_running() == 0
+
+
+async def test_stop_takes_everything_down_and_is_final() -> None:
+    factory = Factory(start_s=0.01)
+    host = await host_of(factory)
+    await host.acquire("p", SPEC)
+    starting = asyncio.create_task(host.prepare("q", SPEC))
+    await asyncio.sleep(0)
+    await asyncio.gather(host.stop(), host.stop())
+    with pytest.raises(SandboxFailed):
+        await starting
+    assert factory.num_running() == 0
+    with pytest.raises(SandboxFailed, match="not running"):
+        await host.acquire("p", SPEC)

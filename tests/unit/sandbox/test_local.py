@@ -1,0 +1,135 @@
+"""The contract on Linux namespaces, and what only they promise."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.support.sandbox_contract import *  # noqa: F403
+from tests.support.sandbox_contract import MakeSandbox, started
+from thunder_rollout.errors import SandboxFailed
+from thunder_rollout.sandbox.local import LocalSandbox, local_unavailable, sweep_local
+from thunder_rollout.sandbox.protocol import SandboxSpec
+
+RUN = f"test-local-{os.getpid()}"
+IN_CI = os.environ.get("CI") == "true"
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    refusal = local_unavailable()
+    if refusal and IN_CI:
+        pytest.fail(refusal)
+    if refusal:
+        pytest.skip(refusal)
+    mounts = Path("/proc/self/mountinfo").read_text()
+    yield
+    deadline_s = time.monotonic() + 5
+    while (left := leftovers(RUN) + leftovers("cancelled")) and time.monotonic() < deadline_s:
+        time.sleep(0.01)  # what never became ready is killed, but not waited for
+    assert left == []
+    assert Path("/proc/self/mountinfo").read_text() == mounts
+    sweep_local(RUN, lambda session: True)
+    sweep_local("cancelled", lambda session: True)
+
+
+@pytest.fixture
+def make() -> MakeSandbox:
+    return lambda spec: LocalSandbox(replace(spec, labels={"run": RUN} | spec.labels))
+
+
+def leftovers(run: str) -> list[str]:
+    """Processes that bear the run's marker, and cgroups of its sandboxes."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and f"thunder-sandbox:{run}:" in (entry / "cmdline").read_text():
+                found.append(entry.name)
+        except OSError:
+            continue
+    return found + [str(path) for path in Path("/sys/fs/cgroup").glob(f"*/thunder/{run}/*/")]
+
+
+async def test_the_host_is_invisible_and_its_programs_read_only(make: MakeSandbox, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("s3cret")
+    async with started(make) as box:
+        listing = await box.exec(
+            "ls -A / /home /root /tmp /etc; cat /etc/passwd /etc/shadow; ls /sys /run", timeout_s=10
+        )
+        for hidden in ("work", ".ssh", "boot", "shadow:", "docker.sock"):
+            assert hidden not in listing.output.split()
+        assert (await box.exec(f"cat {secret}", timeout_s=10)).exit_code == 1
+        assert (await box.exec(f"cat /proc/1/root{secret} /proc/1/cwd{secret}", timeout_s=10)).exit_code == 1
+        for forbidden in ("touch /usr/x", f"touch {sys.prefix}/x", "mount -o remount,rw /usr", "umount /proc"):
+            assert (await box.exec(forbidden, timeout_s=10)).exit_code != 0
+        assert (
+            await box.exec("echo b > /proc/sysrq-trigger; echo 1 > /proc/sys/vm/drop_caches", timeout_s=10)
+        ).exit_code
+        assert (await box.exec("unshare --user --map-root-user --mount true", timeout_s=10)).exit_code != 0
+
+
+async def test_the_hosts_environment_does_not_leak(make: MakeSandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "s3cret")
+    async with started(make) as box:
+        assert "s3cret" not in (await box.exec("env; cat /proc/*/environ", timeout_s=10)).output
+
+
+async def test_a_dead_pid_1_is_a_typed_error(make: MakeSandbox) -> None:
+    async with started(make) as box:
+        running = asyncio.create_task(box.exec("sleep 1000", timeout_s=100))
+        await asyncio.sleep(0.2)
+        assert isinstance(box, LocalSandbox)
+        os.kill(box._init_pid, signal.SIGKILL)
+        async with asyncio.timeout(5):
+            with pytest.raises(SandboxFailed):
+                await running
+            with pytest.raises(SandboxFailed):
+                await box.exec("true", timeout_s=5)
+
+
+async def test_starting_is_fast(make: MakeSandbox) -> None:
+    began_s = time.monotonic()
+    async with started(make, SandboxSpec(image="")):
+        took_s = time.monotonic() - began_s
+    assert took_s < 3, "measured 0.12 s on an idle machine"
+
+
+OWNER = """
+import asyncio, sys
+from thunder_rollout.sandbox.local import LocalSandbox
+from thunder_rollout.sandbox.protocol import SandboxSpec
+
+async def main():
+    box = LocalSandbox(SandboxSpec(image="", labels={"run": sys.argv[1]}))
+    await box.start()
+    print("up", flush=True)
+    await box.exec("trap '' TERM; (setsid sleep 4242 &); sleep 4242", timeout_s=1000)
+
+asyncio.run(main())
+"""
+
+
+def test_kill_9_of_the_owner_ends_the_sandbox() -> None:
+    run = f"{RUN}-owner"
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, run], stdout=subprocess.PIPE)
+    assert owner.stdout is not None and owner.stdout.readline() == b"up\n"
+    assert leftovers(run)
+    owner.kill()
+    owner.wait()
+    owner.stdout.close()
+    deadline_s = time.monotonic() + 10
+    while [left for left in leftovers(run) if left.isdigit()] and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    assert [left for left in leftovers(run) if left.isdigit()] == []
+    sweep_local(run, lambda session: True)
+    assert leftovers(run) == []

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from thunder_rollout.sandbox import reaper
+from thunder_rollout.sandbox.config import SandboxConfig
+from thunder_rollout.sandbox.host import SandboxHost
+from thunder_rollout.sandbox.local import LocalSandbox, local_unavailable
+from thunder_rollout.sandbox.protocol import SandboxSpec
+
+needs_local = pytest.mark.skipif(bool(local_unavailable()), reason=local_unavailable() or "")
+
+
+def test_waiting_ends_with_the_first_process() -> None:
+    short = subprocess.Popen(["sleep", "0.2"])
+    began_s = time.monotonic()
+    reaper.wait_for_any([os.getpid(), short.pid])
+    assert 0.1 < time.monotonic() - began_s < 5
+    short.wait()
+    reaper.wait_for_any([short.pid, os.getpid()])
+
+
+@needs_local
+async def test_it_reaps_the_session_when_its_owner_is_gone_and_no_other() -> None:
+    run = f"test-reaper-{os.getpid()}"
+    dead, alive = (
+        LocalSandbox(SandboxSpec(image="", labels={"run": run, "session": session})) for session in ("dead", "alive")
+    )
+    await asyncio.gather(dead.start(), alive.start())
+    owner = await asyncio.create_subprocess_exec("sleep", "1000")
+    process = await asyncio.to_thread(
+        lambda: reaper.Reaper(run=run, session="dead", backend="local", docker_host=None, pids=[owner.pid])
+    )
+    try:
+        assert process.is_running()
+        owner.kill()
+        await owner.wait()
+        assert dead._process is not None
+        await asyncio.wait_for(dead._process.wait(), 10)
+        await asyncio.to_thread(wait_until, lambda: not process.is_running())
+        assert (await alive.exec("echo on", timeout_s=10)).output == "on\n"
+    finally:
+        process.stop()
+        await asyncio.gather(dead.stop(), alive.stop())
+        reaper.sweep(run, backend="local", docker_host=None)
+
+
+def wait_until(done: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 20
+    while not done():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+
+
+HOST = """
+import asyncio, sys
+from thunder_rollout.sandbox.config import SandboxConfig
+from thunder_rollout.sandbox.host import SandboxHost
+from thunder_rollout.sandbox.protocol import SandboxSpec
+
+async def main():
+    host = SandboxHost(SandboxConfig(backend="local"), run=sys.argv[1])
+    await host.start()
+    await host.acquire("p", SandboxSpec(image=""))
+    print(host._reaper.pid, flush=True)
+    await asyncio.sleep(1000)
+
+asyncio.run(main())
+"""
+
+
+@needs_local
+def test_kill_9_of_a_host_leaves_nothing_and_the_reaper_ends() -> None:
+    run = f"test-host-{os.getpid()}"
+    host = subprocess.Popen([sys.executable, "-c", HOST, run], stdout=subprocess.PIPE)
+    assert host.stdout is not None
+    reaper_pid = int(host.stdout.readline())
+    host.kill()
+    host.communicate()
+    wait_until(lambda: not _is_alive(reaper_pid))
+    assert reaper.sweep(run, backend="local", docker_host=None) == 0
+    assert list(Path("/sys/fs/cgroup").glob(f"*/thunder/{run}")) == []
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@needs_local
+async def test_a_host_sweeps_the_earlier_life_of_its_run() -> None:
+    run = f"test-sweep-{os.getpid()}"
+    left = LocalSandbox(SandboxSpec(image="", labels={"run": run, "session": "earlier"}))
+    await left.start()
+    host = SandboxHost(SandboxConfig(backend="local"), run=run)
+    try:
+        assert (await host.start()).backend == "local"
+        assert left._process is not None
+        await asyncio.wait_for(left._process.wait(), 5)
+        await host.acquire("p", SandboxSpec(image=""))
+        assert (await host.exec("p", "echo on", timeout_s=10)).output == "on\n"
+    finally:
+        await host.stop()
+        await left.stop()
