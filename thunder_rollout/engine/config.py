@@ -17,7 +17,7 @@ _CHOICES = {
     "kind": ("vllm", "fake"),
     "device": ("cpu", "gpu"),
     "logprobs_mode": ("raw_logprobs", "processed_logprobs"),
-    "distributed_executor_backend": ("auto", "uni", "mp", "ray"),
+    "distributed_executor_backend": ("auto", "uni", "mp"),
     "log_level": ("DEBUG", "INFO", "WARNING", "ERROR"),
 }
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -42,7 +42,7 @@ class EngineConfig:
     cpu_kv_space_gib: int = 1
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
-    distributed_executor_backend: str = "auto"  # auto: within the actor's node
+    distributed_executor_backend: str = "auto"  # uni: in one process; mp: a process a GPU, on one node
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     enable_prefix_caching: bool = True

@@ -230,8 +230,6 @@ def _executor(config: EngineConfig) -> Any:
     if backend == "auto":
         single = config.tensor_parallel_size * config.pipeline_parallel_size == 1
         backend = "uni" if config.device == "gpu" and single else "mp"
-    if backend == "ray":
-        return "ray"  # Ray ends its workers itself
     from thunder_rollout.engine.vllm_executor import OwnedMultiprocExecutor, OwnedUniProcExecutor
 
     return OwnedUniProcExecutor if backend == "uni" else OwnedMultiprocExecutor
