@@ -1,6 +1,6 @@
 """`thunder-rollout`: a few subcommands, hydra overrides behind them.
 
-Exit codes: 0 done, 1 samples were given up (infrastructure failures), 2 the user must mend
+Exit codes: 0 done, 1 the machinery failed (samples given up are tried again on resume), 2 the user must mend
 something (printed without a traceback), 130 stopped by Ctrl-C.
 """
 
@@ -19,7 +19,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from thunder_rollout import __version__
-from thunder_rollout.errors import UserError
+from thunder_rollout.errors import ThunderError, UserError
 
 T = TypeVar("T")
 
@@ -40,15 +40,16 @@ def main(argv: list[str] | None = None) -> None:
 
 def _rollout() -> int:
     from thunder_rollout.config import RolloutConfig, conf_dir, to_typed
-    from thunder_rollout.runtime.driver import run_rollout
+    from thunder_rollout.runtime.driver import prepare, run_rollout
     from thunder_rollout.runtime.store import choose_run
 
     def task(raw: DictConfig) -> int:
         config = to_typed(RolloutConfig, raw)
-        settings = OmegaConf.to_container(raw, resolve=True)
+        tasks = prepare(config)
         store = choose_run(Path(config.runs_dir), config.name, OmegaConf.to_yaml(raw, resolve=True))
+        settings: Any = OmegaConf.to_container(raw, resolve=True)
         try:
-            summary = asyncio.run(_until_signal(run_rollout(config, store, settings)))  # type: ignore[arg-type]
+            summary = asyncio.run(_until_signal(run_rollout(config, tasks, store, settings)))
         finally:
             store.close()
         _print_summary(summary, store.folder)
@@ -72,15 +73,24 @@ def _bench() -> int:
 
 def _hydra_main(name: str, conf: Path, task: Callable[[DictConfig], int]) -> int:
     """Run `task` under hydra (overrides, --multirun, --cfg job), our errors as plain messages."""
+    from thunder_rollout.config import compose_config
+
     worst = 0
+    overrides = sys.argv[1:]
+    if not any(argument.startswith("-") for argument in overrides):  # hydra's own flags are hydra's to judge
+        try:
+            compose_config(name, overrides)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
 
     def guarded(raw: DictConfig) -> None:
         nonlocal worst
         try:
             worst = max(worst, task(raw))
-        except UserError as error:
+        except ThunderError as error:
             print(f"error: {error}", file=sys.stderr)
-            worst = max(worst, 2)
+            worst = max(worst, 2 if isinstance(error, UserError) else 1)
         except asyncio.CancelledError:
             print("stopped; the same command goes on where it stopped", file=sys.stderr)
             worst = _STOPPED

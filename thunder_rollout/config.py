@@ -7,7 +7,7 @@ impossible value) is a `ConfigError` that names the field and the remedy.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -15,7 +15,7 @@ from typing import Any, TypeVar, get_type_hints
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 import thunder_rollout
@@ -64,11 +64,17 @@ def load_rollout_config(overrides: list[str]) -> RolloutConfig:
 
 
 def compose_config(name: str, overrides: list[str]) -> DictConfig:
-    try:
-        with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
+    """Compose `conf/<name>.yaml`; raises `ConfigError` naming what hydra could not place."""
+    with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
+        try:
             return compose(name, overrides)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(str(error)) from error
+        except (HydraException, OmegaConfBaseException) as error:
+            cause = error.__cause__
+            if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.full_key:
+                parent, _, key = cause.full_key.rpartition(".")
+                there = compose(name, [])
+                raise _no_such_field(parent, key, OmegaConf.select(there, parent) if parent else there) from None
+            raise ConfigError(str(error)) from None
 
 
 def to_typed(cls: type[T], config: DictConfig) -> T:
@@ -96,8 +102,14 @@ def _refuse_unknown(cls: Any, raw: Mapping[Any, Any], path: str) -> None:
     hints = get_type_hints(cls)
     for key, value in raw.items():
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {path}{close[0]}?" if close else f"it has: {', '.join(sorted(known))}"
-            raise ConfigError(f"{path}{key}: no such field; {hint}")
+            raise _no_such_field(path, key, known)
         if is_dataclass(hints[key]) and isinstance(value, Mapping):
-            _refuse_unknown(hints[key], value, f"{path}{key}.")
+            _refuse_unknown(hints[key], value, f"{path}.{key}" if path else key)
+
+
+def _no_such_field(parent: str, key: str, known: Iterable[Any]) -> ConfigError:
+    prefix = f"{parent}." if parent else ""
+    names = sorted(str(name) for name in known)
+    close = difflib.get_close_matches(str(key), names, n=1)
+    hint = f"did you mean {prefix}{close[0]}?" if close else f"{parent or 'it'} has: {', '.join(names)}"
+    return ConfigError(f"{prefix}{key}: no such field; {hint}")

@@ -22,6 +22,7 @@ from thunder_rollout.engine.protocol import EngineInfo, Sampling
 from thunder_rollout.engine.remote import RemoteEngine
 from thunder_rollout.errors import ConfigError
 from thunder_rollout.runtime.actor import RemoteScheduler, create_scheduler_actor
+from thunder_rollout.runtime.aio import task_group
 from thunder_rollout.runtime.config import RayConfig
 from thunder_rollout.runtime.store import RunStore, SampleKey
 from thunder_rollout.runtime.worker import SampleOutcome, WorkerConfig
@@ -61,7 +62,7 @@ class Cluster:
             host=self._host_handle,
         )
         self.scheduler = RemoteScheduler(self._scheduler_handle)
-        async with asyncio.TaskGroup() as group:
+        async with task_group() as group:
             host = group.create_task(self._host.start(self._images))
             infos = [group.create_task(self._start_engine(f"engine{i}")) for i in range(config.rollout.num_engines)]
             group.create_task(self.scheduler.start())

@@ -21,6 +21,7 @@ from thunder_rollout.errors import InfrastructureFailure
 from thunder_rollout.observe.metrics import MetricsSnapshot
 from thunder_rollout.observe.progress import Progress, SampleCounts
 from thunder_rollout.observe.wandb import WandbRun
+from thunder_rollout.runtime.aio import task_group
 from thunder_rollout.runtime.cluster import Cluster
 from thunder_rollout.runtime.store import RunStore, SampleKey
 from thunder_rollout.runtime.summary import SessionTotals, summarise
@@ -43,16 +44,22 @@ class _Session:
     metrics: MetricsSnapshot | None = None
 
 
-async def run_rollout(config: RolloutConfig, store: RunStore, settings: dict[str, Any]) -> dict[str, Any]:
+def prepare(config: RolloutConfig) -> list[Task]:
+    """The run's tasks. Raises `UserError` for what can be known before anything is started."""
+    if config.engine.kind == "vllm":
+        check_model_folder(config.engine.model)
+    return build_tasks(config.task)
+
+
+async def run_rollout(
+    config: RolloutConfig, tasks: list[Task], store: RunStore, settings: dict[str, Any]
+) -> dict[str, Any]:
     """Finish the run in `store` (already open) and return its summary.
 
     `settings` is the resolved configuration as plain data, for wandb. Raises `UserError` for what
-    the user can mend, before anything costly has started where that is possible.
+    only a started cluster can tell (resources, KV capacity).
     """
     started = time.monotonic()
-    if config.engine.kind == "vllm":
-        check_model_folder(config.engine.model)
-    tasks = build_tasks(config.task)
     finished = store.finished()
     work = [
         (task, key)
@@ -87,19 +94,19 @@ async def _run_samples(
 ) -> None:
     slots = asyncio.Semaphore(config.rollout.concurrency)
     began = time.monotonic()
-    watcher = asyncio.create_task(_watch(config, cluster, session, wandb), name="watch")
     try:
-        async with asyncio.TaskGroup() as group:
+        async with task_group() as group:
+            watcher = group.create_task(_watch(config, cluster, session, wandb), name="watch")
+            samples = []
             for task, key in work:
                 await slots.acquire()
-                running = group.create_task(_run_sample(config, cluster, session, task, key))
-                running.add_done_callback(lambda _: slots.release())
-                if watcher.done():
-                    break
+                sample = group.create_task(_run_sample(config, cluster, session, task, key))
+                sample.add_done_callback(lambda _: slots.release())
+                samples.append(sample)
+            await asyncio.wait(samples)
+            watcher.cancel()
     finally:
         session.rollout_s = time.monotonic() - began
-        watcher.cancel()
-        await asyncio.gather(watcher, return_exceptions=True)
 
 
 async def _run_sample(config: RolloutConfig, cluster: Cluster, session: _Session, task: Task, key: SampleKey) -> None:
@@ -125,7 +132,7 @@ async def _run_sample(config: RolloutConfig, cluster: Cluster, session: _Session
 
 
 async def _watch(config: RolloutConfig, cluster: Cluster, session: _Session, wandb: WandbRun) -> None:
-    """Feed the display and wandb until cancelled."""
+    """Feed the display and wandb until cancelled; a scheduler that died ends the run here."""
     observe = config.observe
     title = f"{cluster.store.folder}  [{config.scheduler.policy}, {cluster.sandbox_backend} sandboxes]"
     logged_at = float("-inf")
