@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 _KILL_EVERY_S = 0.5
 _KILL_PATIENCE_S = 10.0
-_EXIT_CODE_PATIENCE_S = 2.0
+_DEATH_PATIENCE_S = 1.0
 _KEPT_CAPABILITIES = ["CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID"]
 _ENV = {
     "PYTHONDONTWRITEBYTECODE": "1",
@@ -207,19 +207,20 @@ class DockerSandbox(ShellSandbox):
             self._stdin.send_now(b"kill\n")
 
     async def _exit_code(self, exec_id: str) -> int:
-        """Of a command whose shell was killed before it could say."""
-        deadline_s = time.monotonic() + _EXIT_CODE_PATIENCE_S
-        while True:
+        """Of a command whose shell was killed before it could say: by the command, or because the
+        whole container is going, which the engine admits only after a moment."""
+        code: int | None = None
+        deadline_s = time.monotonic() + _DEATH_PATIENCE_S
+        while time.monotonic() < deadline_s:
+            self._require_running()
             await self._require_container()
             try:
                 state: dict[str, Any] = await self._engine.call(lambda: self._engine.client.api.exec_inspect(exec_id))
             except APIError as error:
                 raise SandboxFailed(f"sandbox: it died under a command: {error.explanation}") from error
-            if state["ExitCode"] is not None:
-                return int(state["ExitCode"])
-            if time.monotonic() > deadline_s:
-                return 137
-            await asyncio.sleep(0.05)
+            code = state["ExitCode"]
+            await asyncio.sleep(0.1)
+        return 137 if code is None else code
 
     async def _require_container(self) -> None:
         try:
