@@ -33,6 +33,8 @@ from thunder_rollout.runtime.cluster import start_ray
 
 logger = logging.getLogger(__name__)
 
+_TABLE_WIDTH = 150  # in a file or a pipe rich would squeeze it into 80
+
 
 async def run_bench(config: BenchConfig) -> list[CellResult]:
     """Run every cell, write `runs/bench/bench.json` after each and return the rows."""
@@ -152,6 +154,7 @@ def _cells(config: BenchConfig) -> Iterator[tuple[str, float, int]]:
 def print_table(results: list[CellResult], console: Console | None = None) -> None:
     """The table, one line a cell."""
     console = console or Console()
+    console.width = max(console.width, _TABLE_WIDTH)
     table = Table(title="thunder-rollout bench")
     columns = ("workload", "load", "programs", "policy", "steps/min", "KV hits", "latency p50 s", "p95 s", "imbalance")
     terms = ("decode", "prefill", "recompute", "unused", "caching")

@@ -22,6 +22,7 @@ from thunder_rollout.errors import ConfigError, EngineDied, RequestError, Thunde
 
 logger = logging.getLogger(__name__)
 
+_SEE_LOG = "the cause is in Ray's logs (of this machine's newest cluster: /tmp/ray/session_latest/logs)"
 _STOP_GRACE_S = 1.0  # an engine has nothing to save; its processes are killed after this
 
 # vLLM reports a repeated pattern (its own detector) under a reason of its own; it ended the turn.
@@ -114,7 +115,7 @@ class VllmEngine:
         if self._engine is None or self._stopped:
             raise EngineDied(f"engine {self._config.model} is not running")
         if self._engine.errored:
-            raise EngineDied(f"engine {self._config.model} died; its log has the cause")
+            raise EngineDied(f"engine {self._config.model} died; {_SEE_LOG}")
         return self._engine
 
     async def _final_output(self, engine: Any, request: GenerateRequest, prompt_ids: list[int]) -> Any:
@@ -136,10 +137,10 @@ class VllmEngine:
             await asyncio.shield(engine.abort(request.request_id))
             raise
         except EngineDeadError as error:
-            raise EngineDied(f"engine {self._config.model} died; its log has the cause") from error
+            raise EngineDied(f"engine {self._config.model} died; {_SEE_LOG}") from error
         except (EngineGenerateError, ValueError, TypeError) as error:
             if engine.errored or self._stopped:
-                raise EngineDied(f"engine {self._config.model} died; its log has the cause") from error
+                raise EngineDied(f"engine {self._config.model} died; {_SEE_LOG}") from error
             raise RequestError(f"request {request.request_id}: vLLM refused it: {error.__cause__ or error}") from error
         finally:
             await outputs.aclose()
@@ -192,7 +193,7 @@ def _load(config: EngineConfig, gauges: _Gauges) -> Any:
     try:
         return AsyncLLM.from_vllm_config(vllm_config, stat_loggers=[GaugeLogger], disable_log_stats=True)
     except Exception as error:
-        raise EngineDied(f"engine {config.model} did not start ({error}); its log has the cause") from error
+        raise EngineDied(f"engine {config.model} did not start ({error}); {_SEE_LOG}") from error
 
 
 def _engine_arguments(config: EngineConfig, known: set[str]) -> dict[str, Any]:
