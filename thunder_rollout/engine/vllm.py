@@ -227,10 +227,13 @@ def _engine_arguments(config: EngineConfig, known: set[str]) -> dict[str, Any]:
 
 
 def _executor(config: EngineConfig) -> Any:
+    """One worker runs inside the engine core. On the CPU vLLM would give it a process of its own, to
+    set its OpenMP variables (`EngineConfig.environment` has set them already), and the two would
+    spin on each other's shared memory for a second after every step, on the sandboxes' cores."""
     backend = config.distributed_executor_backend
     if backend == "auto":
         single = config.tensor_parallel_size * config.pipeline_parallel_size == 1
-        backend = "uni" if config.device == "gpu" and single else "mp"
+        backend = "uni" if single else "mp"
     from thunder_rollout.engine.vllm_executor import OwnedMultiprocExecutor, OwnedUniProcExecutor
 
     return OwnedUniProcExecutor if backend == "uni" else OwnedMultiprocExecutor
