@@ -50,7 +50,7 @@ class BenchConfig:
     policies: list[str] = field(default_factory=lambda: ["sticky", "capped", "thunder"])
     loads: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0, 4.0])
     extra_policies: list[str] = field(default_factory=lambda: ["round_robin", "cache_aware"])
-    extra_loads: list[float] = field(default_factory=lambda: [1.0, 4.0])
+    extra_loads: list[float] = field(default_factory=lambda: [4.0])
     seeds: list[int] = field(default_factory=lambda: [0])
     cap_shares: list[float] = field(default_factory=lambda: [0.4, 0.55, 0.7, 0.9])
     warmup_s: float = 25.0
