@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from thunder_rollout.errors import ConfigError
 
-POLICIES = ("thunder", "sticky", "round_robin", "cache_aware", "capped")
+POLICIES = ("thunder", "adaptive", "sticky", "round_robin", "cache_aware", "capped")
 
 
 def _require(ok: bool, name: str, value: object, rule: str) -> None:
@@ -36,6 +36,39 @@ class ThunderConfig:
         _require(self.decay_base >= 1, "thunder.decay_base", self.decay_base, ">= 1")
         _require(self.decay_unit_s > 0, "thunder.decay_unit_s", self.decay_unit_s, "> 0")
         _require(self.headroom_tokens >= 0, "thunder.headroom_tokens", self.headroom_tokens, ">= 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdaptiveConfig:
+    """The policy `adaptive`; what it can learn it learns, so these are bounds and priors."""
+
+    admit_watermark: float = 0.9  # admit while demand, now and as projected, is within this share of capacity
+    high_watermark: float = 0.95  # release programs while demand is above this share
+    prior_growth: float = 0.5  # a context is expected to grow by this share until programs of its kind have ended
+    decay_base: float = 2.0  # x: before a tool was seen, x^-t is the share of its calls still running after t
+    decay_unit_s: float = 1.0  # the unit of t
+    prior_returns: float = 1.0  # tool calls that this prior is worth
+    prior_prefill_token_s: float = 1e-4  # seconds of prefill a token before any turn was seen
+    forgetting: float = 0.995  # weight of older turns in the model of prefill, a turn
+    min_turns: int = 20  # a backend's own model of prefill counts from so many turns on, the fleet's before
+    load_weight: float = 1.0  # of the seconds a backend's load costs against seconds of prefill, in placing
+    group_weight_s: float = 60.0  # a group that is nearly complete goes ahead of those so many seconds older
+    patience_s: float = 5.0  # after this in the queue a program that fits nowhere has a backend kept for it
+    lookahead: int = 8  # waiting programs looked at, in order, when room comes free
+    max_refill_share: float = 0.5  # of a backend's capacity that may be in recomputation at once
+    rebalance_on_update: bool = True  # give up all places when weights update: caches are void, moving is free
+
+    def __post_init__(self) -> None:
+        admit, high = self.admit_watermark, self.high_watermark
+        _require(0 < high <= 2, "adaptive.high_watermark", high, "in (0, 2]")
+        _require(0 < admit <= high, "adaptive.admit_watermark", admit, "in (0, high_watermark]")
+        _require(self.decay_base > 1, "adaptive.decay_base", self.decay_base, "> 1")
+        _require(0 < self.forgetting <= 1, "adaptive.forgetting", self.forgetting, "in (0, 1]")
+        _require(self.lookahead >= 1, "adaptive.lookahead", self.lookahead, ">= 1")
+        for name in ("decay_unit_s", "prior_returns", "prior_prefill_token_s", "max_refill_share"):
+            _require(getattr(self, name) > 0, f"adaptive.{name}", getattr(self, name), "> 0")
+        for name in ("prior_growth", "min_turns", "load_weight", "group_weight_s", "patience_s"):
+            _require(getattr(self, name) >= 0, f"adaptive.{name}", getattr(self, name), ">= 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +108,7 @@ class SchedulerConfig:
     max_wait_s: float = 600.0  # after this in the queue nobody younger goes ahead
     prepare_ahead: int = 4  # waiting programs, in restore order, whose sandbox is prepared
     thunder: ThunderConfig = field(default_factory=ThunderConfig)
+    adaptive: AdaptiveConfig = field(default_factory=AdaptiveConfig)
     capped: CappedConfig = field(default_factory=CappedConfig)
     cache_aware: CacheAwareConfig = field(default_factory=CacheAwareConfig)
 
@@ -87,4 +121,4 @@ class SchedulerConfig:
     @property
     def uses_block_hashes(self) -> bool:
         """Whether the policy looks at `TurnRequested.block_hashes`; otherwise clients save the work."""
-        return self.policy == "cache_aware"
+        return self.policy in ("adaptive", "cache_aware")

@@ -86,12 +86,17 @@ class Withdrawn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackendUp:
-    """A KV pool can be used. A higher `generation` means its cache started empty."""
+    """A KV pool can be used. A higher `generation` means its cache started empty.
+
+    `block_size` is the tokens behind one hash of `TurnRequested.block_hashes`; without it, the power
+    of two that the first hashed prompt's length allows.
+    """
 
     backend: str
     generation: int
     capacity_tokens: int
     max_running: int
+    block_size: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

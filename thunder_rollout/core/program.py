@@ -73,9 +73,11 @@ class Program:
         "_history",
         "_settled_tokens",
         "acting_since_s",
+        "arrived_s",
         "backend",
         "context_tokens",
         "group",
+        "last_event_s",
         "marked",
         "num_turns_admitted",
         "pending",
@@ -88,8 +90,12 @@ class Program:
         "turns",
     )
 
-    def __init__(self, program_id: str, *, group: str | None = None, task_kind: str | None = None) -> None:
+    def __init__(
+        self, program_id: str, *, group: str | None = None, task_kind: str | None = None, arrived_s: float = 0.0
+    ) -> None:
         self.program_id = program_id
+        self.arrived_s = arrived_s  # when its first request came
+        self.last_event_s = arrived_s
         self.group = group
         self.task_kind = task_kind
         self.context_tokens = 0

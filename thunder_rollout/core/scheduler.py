@@ -60,7 +60,7 @@ class Scheduler:
         """`policy` replaces the one that `config.policy` names (for tests and experiments)."""
         self._config = config
         self._policy = policy if policy is not None else make_policy(config)
-        self._state = State(self._policy.queue_key, max_wait_s=config.max_wait_s)
+        self._state = State(self._policy.queue_key, max_wait_s=config.max_wait_s, on_change=self._policy.changed)
         self._now = float("-inf")
         self._decisions: list[Decision] = []
 
@@ -73,6 +73,7 @@ class Scheduler:
         if not now >= self._now:
             raise BadEvent(f"now={now!r}: earlier than the event before ({self._now!r}); use one monotonic clock")
         self._decisions = []
+        self._policy.begin(now)
         self._apply(event, now)
         self._now = now
         self._policy.observe(event, now)
@@ -133,8 +134,9 @@ class Scheduler:
         if self._fits_nowhere(event):
             self._reject(event)
             return
+        event = self._policy.accept(event)
         if program is None:
-            program = Program(event.program, group=event.group, task_kind=event.task_kind)
+            program = Program(event.program, group=event.group, task_kind=event.task_kind, arrived_s=now)
             self._state.add_program(program)
         self._state.request(program, event, now)
         self._place(program, event, now)
@@ -258,11 +260,20 @@ class Scheduler:
     # Carrying choices out
 
     def _follow_policy(self, now: float, *, tick: bool) -> None:
+        for name in self._policy.reordered():
+            self._state.reorder(name)
+        self._follow_restores(now, tick=tick)
+        released = False
+        for program_id in self._policy.releases(self._state, now, tick=tick):
+            self._release(self._state.programs[program_id])
+            released = True
+        if released:
+            self._follow_restores(now, tick=False)
+
+    def _follow_restores(self, now: float, *, tick: bool) -> None:
         for placement in self._policy.restores(self._state, now, tick=tick):
             program = self._state.programs[placement.program]
             self._restore(program, self._state.backends[placement.backend], now)
-        for program_id in self._policy.releases(self._state, now, tick=tick):
-            self._release(self._state.programs[program_id])
 
     def _keep_moving(self, now: float) -> None:
         if not self._state.num_waiting_pending or not self._state.has_idle_backend():
@@ -318,7 +329,7 @@ class Scheduler:
                 grant=grant,
             )
         )
-        self._policy.granted(program, request, backend.name)
+        self._policy.granted(program, request, backend.name, grant)
 
     def _release(self, program: Program) -> None:
         """Pause now, or mark: paused when the last turn in flight ends."""

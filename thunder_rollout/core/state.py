@@ -21,13 +21,21 @@ MAX_VOID_GRANTS = 16_384  # a message about a grant voided longer ago is refused
 class State:
     """See the module. `backends` are those up; a program of the queue has no backend."""
 
-    def __init__(self, queue_key: Callable[[Program], SortKey], *, max_wait_s: float) -> None:
+    def __init__(
+        self,
+        queue_key: Callable[[Program], SortKey],
+        *,
+        max_wait_s: float,
+        on_change: Callable[[Program], None] = lambda program: None,
+    ) -> None:
+        """`on_change` hears of every program that changed, after its place and the sums did."""
         self.programs: dict[str, Program] = {}
         self.backends: dict[str, Backend] = {}
         self.generations: dict[str, int] = {}  # the newest of each backend that ever was up
         self.queue = WaitingQueue(queue_key, max_wait_s=max_wait_s)
         self.void_grants: dict[int, str] = {}  # grant -> program, oldest first
         self.num_bound = 0
+        self._on_change = on_change
         self._idle: dict[str, Backend] = {}  # no turn in flight and not updating
         self._last_grant = 0
         self._last_seq = 0
@@ -126,6 +134,13 @@ class State:
             self.backends[program.backend].unbind(program)
             program.move(backend.name)
         backend.bind(program)
+        self._on_change(program)
+
+    def reorder(self, program_id: str) -> None:
+        """Its key changed: if it waits, it moves to its place."""
+        program = self.programs.get(program_id)
+        if program is not None and program.backend is None:
+            self.queue.put(program)
 
     def pause(self, program: Program) -> None:
         assert program.backend is not None
@@ -134,6 +149,7 @@ class State:
         backend.unbind(program)
         self.num_bound -= 1
         self.queue.put(program)
+        self._on_change(program)
 
     def mark(self, program: Program) -> None:
         program.mark()
@@ -149,6 +165,7 @@ class State:
             self.num_bound -= 1
         program.terminate()
         del self.programs[program.program_id]
+        self._on_change(program)
 
     # Turns
 
@@ -195,6 +212,7 @@ class State:
             self.queue.put(program)
         else:
             self.backends[program.backend].refresh(program)
+        self._on_change(program)
 
     def _refresh_idle(self, backend: Backend) -> None:
         if backend.updating or backend.grants:

@@ -39,7 +39,7 @@ BACKENDS = st.sampled_from(["a", "b", "c"])
 TOKENS = st.integers(1, 1200) | st.integers(1, 300)
 CONFIGS = st.builds(
     SchedulerConfig,
-    policy=st.sampled_from(("thunder", "thunder", *POLICIES)),
+    policy=st.sampled_from(("thunder", "adaptive", "adaptive", *POLICIES)),
     max_wait_s=st.sampled_from([8.0, 600.0]),
     prepare_ahead=st.integers(0, 2),
     thunder=st.builds(

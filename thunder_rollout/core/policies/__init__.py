@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from thunder_rollout.core.config import SchedulerConfig
+from thunder_rollout.core.policies.adaptive.policy import AdaptivePolicy
 from thunder_rollout.core.policies.base import Policy
 from thunder_rollout.core.policies.cache_aware import CacheAwarePolicy
 from thunder_rollout.core.policies.capped import CappedPolicy
@@ -14,6 +15,7 @@ from thunder_rollout.core.policies.thunder import ThunderPolicy
 
 _BUILDERS: dict[str, Callable[[SchedulerConfig], Policy]] = {
     "thunder": lambda config: ThunderPolicy(config.thunder),
+    "adaptive": lambda config: AdaptivePolicy(config.adaptive),
     "sticky": lambda config: StickyPolicy(),
     "round_robin": lambda config: RoundRobinPolicy(),
     "cache_aware": lambda config: CacheAwarePolicy(config.cache_aware),

@@ -8,11 +8,15 @@ The scheduler owns the state and the liveness rules; a policy only chooses. It i
   program scheduler may leave programs waiting and place them by
 - `restores` and `releases`, after every event (`tick` tells whether it was a `Tick`): which
   waiting programs to bind, then which bound ones to give up. A released program is paused at
-  once, or marked and paused when its last turn in flight ends.
-- `queue_key`, to order the queue; it may depend on the program alone.
+  once, or marked and paused when its last turn in flight ends. Each choice is carried out before
+  the next is asked for, so a generator sees the state change under it. Where something was
+  released, `restores` is asked once more, not as a tick.
+- `queue_key`, to order the queue; it may depend on the program alone, or change for those that
+  `reordered` names.
 
-and told `granted` and `observe`, from which it may keep an index of its own. It never changes
-what it is shown. Every choice must name an open backend that `fits` the program's context.
+and told `begin`, `accept`, `changed`, `granted` and `observe`, from which it may keep an account of
+its own. It never changes what it is shown. Every choice must name an open backend that `fits` the
+program's context.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from thunder_rollout.core.events import Event, TurnRequested
-from thunder_rollout.core.program import Pending, Phase, Status
+from thunder_rollout.core.program import Pending, Phase, Status, Turn
 from thunder_rollout.core.queue import SortKey
 
 
@@ -31,6 +35,10 @@ class ProgramView(Protocol):
     def program_id(self) -> str: ...
     @property
     def group(self) -> str | None: ...
+    @property
+    def task_kind(self) -> str | None: ...
+    @property
+    def arrived_s(self) -> float: ...
     @property
     def context_tokens(self) -> int: ...
     @property
@@ -49,6 +57,10 @@ class ProgramView(Protocol):
     def tool(self) -> str | None: ...
     @property
     def num_in_flight(self) -> int: ...
+    @property
+    def has_open(self) -> bool: ...
+    @property
+    def turns(self) -> Mapping[int, Turn]: ...
     @property
     def pending(self) -> Mapping[str, Pending]: ...
 
@@ -121,19 +133,31 @@ class Placement:
 
 
 class Policy(Protocol):
+    def begin(self, now: float) -> None:
+        """An event is about to be looked at; it may yet be refused."""
+
+    def accept(self, request: TurnRequested) -> TurnRequested:
+        """The request as the state shall keep it: a policy that took its hashes in may drop them."""
+
+    def changed(self, program: ProgramView) -> None:
+        """Its context, phase, place or turns changed (status TERMINATED: it is forgotten)."""
+
     def queue_key(self, program: ProgramView) -> SortKey:
         """Smallest first; of one length for all programs. Ties go to the longest waiting."""
 
     def place(self, view: View, program: ProgramView, request: TurnRequested, now: float) -> str | None: ...
 
-    def restores(self, view: View, now: float, *, tick: bool) -> Sequence[Placement]: ...
+    def restores(self, view: View, now: float, *, tick: bool) -> Iterable[Placement]: ...
 
-    def releases(self, view: View, now: float, *, tick: bool) -> Sequence[str]: ...
+    def releases(self, view: View, now: float, *, tick: bool) -> Iterable[str]: ...
 
-    def granted(self, program: ProgramView, request: TurnRequested, backend: str) -> None: ...
+    def granted(self, program: ProgramView, request: TurnRequested, backend: str, grant: int) -> None: ...
 
     def observe(self, event: Event, now: float) -> None:
         """Every accepted event, after the state followed it and before `restores`."""
+
+    def reordered(self) -> Collection[str]:
+        """Programs whose `queue_key` changed with the last event although they did not."""
 
 
 class PolicyBase:
@@ -142,13 +166,25 @@ class PolicyBase:
     def queue_key(self, program: ProgramView) -> SortKey:
         return (float(not program.ran),)
 
-    def restores(self, view: View, now: float, *, tick: bool) -> Sequence[Placement]:
+    def begin(self, now: float) -> None:
+        return None
+
+    def accept(self, request: TurnRequested) -> TurnRequested:
+        return request
+
+    def changed(self, program: ProgramView) -> None:
+        return None
+
+    def restores(self, view: View, now: float, *, tick: bool) -> Iterable[Placement]:
         return ()
 
-    def releases(self, view: View, now: float, *, tick: bool) -> Sequence[str]:
+    def releases(self, view: View, now: float, *, tick: bool) -> Iterable[str]:
         return ()
 
-    def granted(self, program: ProgramView, request: TurnRequested, backend: str) -> None:
+    def reordered(self) -> Collection[str]:
+        return ()
+
+    def granted(self, program: ProgramView, request: TurnRequested, backend: str, grant: int) -> None:
         return None
 
     def observe(self, event: Event, now: float) -> None:

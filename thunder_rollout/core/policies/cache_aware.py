@@ -69,7 +69,7 @@ class CacheAwarePolicy(PolicyBase):
     def restores(self, view: View, now: float, *, tick: bool) -> Sequence[Placement]:
         return spread_waiting(view, now)
 
-    def granted(self, program: ProgramView, request: TurnRequested, backend: str) -> None:
+    def granted(self, program: ProgramView, request: TurnRequested, backend: str, grant: int) -> None:
         hashes = request.block_hashes
         if hashes:
             self._index(backend).insert(hashes, max(1, request.prompt_tokens // len(hashes)))

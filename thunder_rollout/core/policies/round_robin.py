@@ -29,7 +29,7 @@ class RoundRobinPolicy(PolicyBase):
                 last = name
         return placements
 
-    def granted(self, program: ProgramView, request: TurnRequested, backend: str) -> None:
+    def granted(self, program: ProgramView, request: TurnRequested, backend: str, grant: int) -> None:
         self._last = backend
 
 

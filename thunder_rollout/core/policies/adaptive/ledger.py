@@ -1,0 +1,352 @@
+"""What `adaptive` knows beyond the state: an account for each backend and each program.
+
+Demand of a backend, in tokens: the blocks of its programs with shared ones counted once, what they
+have beyond their hashed blocks, and the output that their turns in flight are still expected to
+produce. Programs without hashes count in full.
+
+The state tells of every change (`changed`), so accounts are exact between two events; `touched`
+collects the backends whose demand or load changed since it was last cleared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from thunder_rollout.core.config import AdaptiveConfig
+from thunder_rollout.core.events import (
+    BackendDown,
+    BackendUp,
+    Event,
+    FinishReason,
+    TurnEnded,
+    TurnRequested,
+    WeightsUpdated,
+)
+from thunder_rollout.core.policies.adaptive.groups import Groups
+from thunder_rollout.core.policies.adaptive.growth import Growth, Projection
+from thunder_rollout.core.policies.adaptive.prefill_model import PrefillModel, ServiceClock
+from thunder_rollout.core.policies.adaptive.return_times import ReturnTimes
+from thunder_rollout.core.policies.base import ProgramView
+from thunder_rollout.core.prefix import PrefixTree
+from thunder_rollout.core.program import Phase, Status
+
+_CUT = (FinishReason.ABORT, FinishReason.ERROR)
+_UNSIZED_BLOCKS = 2**40  # a pool's bound while no block size is known
+
+
+@dataclass(slots=True)
+class Run:
+    """A turn in flight, from its grant."""
+
+    backend: str
+    prompt_tokens: int
+    uncached_tokens: int  # expected
+    output_tokens: float  # expected
+    granted_s: float
+    served_s: float  # of its backend's clock
+    refill: bool  # most of it was computed before
+
+
+@dataclass(slots=True)
+class ProgramAccount:
+    kind: str | None = None
+    backend: str | None = None  # charged there
+    last_backend: str | None = None  # ran there last
+    last_odometer: float = 0.0  # of that backend, when it did
+    settled_tokens: int = 0  # its context then
+    private_tokens: int = 0  # beyond hashed blocks
+    context_tokens: int = 0
+    reserve_tokens: float = 0.0
+    num_in_flight: int = 0
+    expected_output_tokens: int | None = None
+    acting_since_s: float | None = None
+    tool: str | None = None
+    num_paused: int = 0
+    group: str | None = None
+    runs: dict[int, Run] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class BackendAccount:
+    name: str
+    generation: int
+    capacity_tokens: int
+    max_running: int
+    model: PrefillModel
+    clock: ServiceClock
+    private_tokens: int = 0
+    reserve_tokens: float = 0.0
+    num_bound: int = 0
+    refill_tokens: int = 0  # expected in turns in flight that compute again what was computed before
+    odometer_tokens: float = 0.0  # ever prefilled or produced here
+    mean_turn_s: float = 0.0  # of wall time
+    projection: Projection | None = None
+
+
+class Ledger:
+    def __init__(self, config: AdaptiveConfig) -> None:
+        self._config = config
+        self.now = 0.0
+        self.tree = PrefixTree()
+        self.block_size: int | None = None
+        self.programs: dict[str, ProgramAccount] = {}
+        self.backends: dict[str, BackendAccount] = {}
+        self.touched: dict[str, None] = {}
+        self.growth = Growth(prior_growth=config.prior_growth)
+        self.return_times = ReturnTimes(
+            decay_base=config.decay_base, decay_unit_s=config.decay_unit_s, prior_weight=config.prior_returns
+        )
+        self._fleet_model = self._new_model()
+        self.groups = Groups()
+        self._ended: dict[int, Run] = {}
+
+    # Questions
+
+    def demand_tokens(self, account: BackendAccount) -> float:
+        blocks = self.tree.unique_blocks(account.name)
+        return blocks * (self.block_size or 0) + account.private_tokens + account.reserve_tokens
+
+    def freed_tokens(self, program_id: str) -> float:
+        """What its backend's demand loses with it."""
+        program = self.programs[program_id]
+        blocks = self.tree.exclusive_blocks(program_id)
+        return blocks * (self.block_size or 0) + program.private_tokens + program.reserve_tokens
+
+    def added_tokens(self, program: ProgramView, backend: str) -> float:
+        """What the backend's demand gains with it and its pending turn."""
+        account = self.programs[program.program_id]
+        blocks = self.tree.added_blocks(program.program_id, backend)
+        return blocks * (self.block_size or 0) + account.private_tokens + self._expected_output(account)
+
+    def resident_tokens(self, program_id: str, backend: BackendAccount) -> int:
+        """How much of its context the backend's cache holds, as far as we know."""
+        program = self.programs[program_id]
+        if program_id in self.tree:
+            return self.tree.held_blocks(program_id, backend.name) * (self.block_size or 0)
+        if program.last_backend != backend.name:
+            return 0
+        overwritten = backend.odometer_tokens - program.last_odometer
+        return program.settled_tokens if overwritten <= backend.capacity_tokens - self.demand_tokens(backend) else 0
+
+    def prefill_s(self, program: ProgramView, backend: BackendAccount) -> float:
+        """Seconds to compute what of its context the backend does not hold."""
+        uncached = max(0, program.context_tokens - self.resident_tokens(program.program_id, backend))
+        return self.model(backend).prefill_s(uncached, program.context_tokens)
+
+    def model(self, backend: BackendAccount) -> PrefillModel:
+        """The backend's own once it has seen enough, the fleet's before."""
+        return backend.model if backend.model.num_turns >= self._config.min_turns else self._fleet_model
+
+    def remaining_tokens(self, program_id: str, context_tokens: int) -> float:
+        return self.growth.remaining_tokens(self.programs[program_id].kind, context_tokens)
+
+    # Events
+
+    def accept(self, request: TurnRequested) -> TurnRequested:
+        """Take the request's hashes in. Raises `BadEvent` for hashes that are not."""
+        hashes = request.block_hashes
+        if hashes and self.block_size is None:
+            self._set_block_size(2 ** ((request.prompt_tokens // len(hashes)).bit_length() - 1))
+        program = self.programs.get(request.program)
+        if not hashes or len(hashes) * (self.block_size or 0) > request.prompt_tokens:
+            if request.program in self.tree:
+                self.tree.remove(request.program)
+        else:
+            self._put(request.program, program, hashes)
+        if program is None:
+            program = self.programs[request.program] = ProgramAccount(kind=request.task_kind, group=request.group)
+            if request.group is not None:
+                self.groups.join(request.group, request.program)
+        program.expected_output_tokens = request.expected_output_tokens
+        return request if hashes is None else replace(request, block_hashes=None)
+
+    def changed(self, program: ProgramView) -> None:
+        account = self.programs[program.program_id]
+        self._charge(account, -1)
+        for grant in [grant for grant in account.runs if grant not in program.turns]:
+            self._end_run(grant, account.runs.pop(grant))
+        if program.status is Status.TERMINATED:
+            self._forget(program.program_id, account)
+            return
+        if account.backend is not None and program.backend is None:
+            account.num_paused += 1
+        self._follow(program, account)
+        account.backend = program.backend
+        if program.program_id in self.tree:
+            self.tree.bind(program.program_id, program.backend)
+        hashed = self.tree.num_blocks(program.program_id) * (self.block_size or 0)
+        account.context_tokens = program.context_tokens
+        account.private_tokens = max(0, program.context_tokens - hashed)
+        account.num_in_flight = program.num_in_flight
+        account.reserve_tokens = sum(
+            max(0.0, run.output_tokens - program.turns[grant].output_tokens) for grant, run in account.runs.items()
+        )
+        self._charge(account, 1)
+
+    def granted(self, program: ProgramView, request: TurnRequested, backend: str, grant: int) -> None:
+        account, home = self.programs[program.program_id], self.backends[backend]
+        uncached = max(0, request.prompt_tokens - self.resident_tokens(program.program_id, home))
+        run = Run(
+            backend=backend,
+            prompt_tokens=request.prompt_tokens,
+            uncached_tokens=uncached,
+            output_tokens=self._expected_output(account),
+            granted_s=self.now,
+            served_s=home.clock.served_s,
+            refill=account.last_backend is not None and 2 * uncached > request.prompt_tokens,
+        )
+        self._charge(account, -1)
+        account.runs[grant] = run
+        account.reserve_tokens += run.output_tokens
+        self._charge(account, 1)
+        if run.refill:
+            home.refill_tokens += uncached
+        self.tree.hold(program.program_id, backend)
+
+    def begin(self, now: float) -> None:
+        self.now = now
+        self._ended.clear()
+
+    def observe(self, event: Event) -> None:
+        match event:
+            case TurnEnded():
+                self._learn_turn(event)
+            case BackendUp():
+                self._add_backend(event)
+            case BackendDown() if self.backends[event.backend].generation == event.generation:
+                self._void_caches((event.backend,))
+                self.backends[event.backend].generation = -1
+                self.touched.pop(event.backend, None)
+            case WeightsUpdated():
+                self._void_caches(event.backends)
+            case _:
+                pass
+
+    # Inside
+
+    def _new_model(self) -> PrefillModel:
+        return PrefillModel(prior_token_s=self._config.prior_prefill_token_s, forgetting=self._config.forgetting)
+
+    def _expected_output(self, program: ProgramAccount) -> float:
+        if program.expected_output_tokens is not None:
+            return program.expected_output_tokens
+        return self.growth.output_tokens(program.kind)
+
+    def _put(self, program_id: str, program: ProgramAccount | None, hashes: tuple[int, ...]) -> None:
+        """What the last turn produced became blocks; they are where it ran, if its prompt still is."""
+        assert self.block_size is not None
+        old = self.tree.num_blocks(program_id)
+        ran_on = program.last_backend if program is not None else None
+        whole = ran_on is not None and self.tree.held_blocks(program_id, ran_on) == old
+        num_shared = self.tree.put(program_id, hashes)
+        if program is not None:
+            self.tree.bind(program_id, program.backend)
+            if whole and ran_on is not None and num_shared == old:
+                self.tree.hold(program_id, ran_on, program.settled_tokens // self.block_size)
+
+    def _follow(self, program: ProgramView, account: ProgramAccount) -> None:
+        """Note when it began acting, and learn from it when it comes back."""
+        acting_since_s = program.acting_since_s if program.phase is Phase.ACTING else None
+        if account.acting_since_s is not None and acting_since_s is None:
+            self.return_times.add(account.tool, self.now - account.acting_since_s, returned=program.has_open)
+            account.tool = None
+        account.acting_since_s = acting_since_s
+        account.tool = program.tool or account.tool
+
+    def _charge(self, account: ProgramAccount, sign: int) -> None:
+        if account.backend is None:
+            return
+        backend = self.backends[account.backend]
+        backend.clock.advance(self.now)
+        backend.private_tokens += sign * account.private_tokens
+        backend.reserve_tokens += sign * account.reserve_tokens
+        backend.num_bound += sign
+        backend.clock.num_in_flight += sign * account.num_in_flight
+        if not backend.num_bound:
+            backend.reserve_tokens = 0.0  # what rounding left
+        backend.projection = None
+        self.touched[backend.name] = None
+
+    def _end_run(self, grant: int, run: Run) -> None:
+        self._ended[grant] = run
+        backend = self.backends[run.backend]
+        if run.refill:
+            backend.refill_tokens -= run.uncached_tokens
+        self.touched[run.backend] = None
+
+    def _forget(self, program_id: str, account: ProgramAccount) -> None:
+        if account.acting_since_s is not None:
+            self.return_times.add(account.tool, self.now - account.acting_since_s, returned=False)
+        if program_id in self.tree:
+            self.tree.remove(program_id)
+        if account.last_backend is not None:
+            self.growth.add_end(account.kind, account.context_tokens)
+        if account.group is not None:
+            self.groups.leave(account.group, program_id)
+        del self.programs[program_id]
+
+    def _learn_turn(self, event: TurnEnded) -> None:
+        run, program = self._ended.get(event.grant), self.programs.get(event.program)
+        if run is None or program is None or event.finish_reason in _CUT:
+            return
+        backend = self.backends[run.backend]
+        output = event.output_tokens or 0
+        uncached = run.uncached_tokens
+        if event.cached_tokens is not None:
+            uncached = max(0, run.prompt_tokens - event.cached_tokens)
+        backend.odometer_tokens += uncached + output
+        program.last_backend = run.backend
+        program.last_odometer = backend.odometer_tokens
+        program.settled_tokens = run.prompt_tokens + output
+        self.tree.hold(event.program, run.backend)
+        self.growth.add_turn(program.kind, output)
+        duration_s = self.now - run.granted_s
+        backend.mean_turn_s += (duration_s - backend.mean_turn_s) / min(backend.model.num_turns + 1, 20)
+        for model in (backend.model, self._fleet_model):
+            model.add(
+                uncached_tokens=uncached,
+                prompt_tokens=run.prompt_tokens,
+                output_tokens=output,
+                duration_s=duration_s,
+                service_s=backend.clock.served_s - run.served_s,
+            )
+
+    def _add_backend(self, event: BackendUp) -> None:
+        if event.block_size is not None:
+            self._set_block_size(event.block_size)
+        old = self.backends.get(event.backend)
+        if old is None:
+            clock = ServiceClock()
+            clock.advance(self.now)
+            self.backends[event.backend] = BackendAccount(
+                name=event.backend,
+                generation=event.generation,
+                capacity_tokens=event.capacity_tokens,
+                max_running=event.max_running,
+                model=self._new_model(),
+                clock=clock,
+            )
+        else:
+            self._void_caches((event.backend,))
+            old.generation = event.generation
+            old.capacity_tokens = event.capacity_tokens
+            old.max_running = event.max_running
+        self._size_pool(self.backends[event.backend])
+        self.touched[event.backend] = None
+
+    def _void_caches(self, names: tuple[str, ...]) -> None:
+        for name in names:
+            self.tree.forget_held(name)
+            self.touched[name] = None
+        for program in self.programs.values():
+            if program.last_backend in names:
+                program.settled_tokens = 0
+
+    def _set_block_size(self, block_size: int) -> None:
+        self.block_size = block_size
+        for account in self.backends.values():
+            self._size_pool(account)
+
+    def _size_pool(self, account: BackendAccount) -> None:
+        max_blocks = account.capacity_tokens // self.block_size if self.block_size else _UNSIZED_BLOCKS
+        self.tree.add_backend(account.name, max_blocks)

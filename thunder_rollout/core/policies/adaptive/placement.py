@@ -1,0 +1,132 @@
+"""Where a waiting program goes: the backend with room that costs least.
+
+Cost is seconds: prefill of what the backend does not hold, and the service that the programs bound
+there ask of it. Where that is equal, the fewest turns in flight, then the name, decide; a program's
+last backend wins ties. Only a few backends are looked at: those with the least load, those with the
+most room, those that hold the program's prefix, and its last one.
+
+Room is judged twice: demand with the program must be within the watermark now, and so must the most
+that all programs bound there are projected to need at once before they end.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Collection, Iterator
+from itertools import islice
+
+from thunder_rollout.core.config import AdaptiveConfig
+from thunder_rollout.core.policies.adaptive.growth import Projection
+from thunder_rollout.core.policies.adaptive.ledger import BackendAccount, Ledger
+from thunder_rollout.core.policies.base import ProgramView, View
+
+NUM_PROBES = 3  # backends looked at by least load, and as many by most room
+
+_Rank = tuple[float, float, float, str]
+
+
+class Ranking:
+    """Names in order of a key that changes."""
+
+    def __init__(self) -> None:
+        self._ranks: dict[str, _Rank] = {}
+        self._ordered: list[_Rank] = []
+
+    def __iter__(self) -> Iterator[str]:
+        return (rank[-1] for rank in self._ordered)
+
+    def put(self, name: str, *key: float) -> None:
+        first, second, third = key
+        self.discard(name)
+        rank = self._ranks[name] = (first, second, third, name)
+        insort(self._ordered, rank)
+
+    def discard(self, name: str) -> None:
+        rank = self._ranks.pop(name, None)
+        if rank is not None:
+            del self._ordered[bisect_left(self._ordered, rank)]
+
+
+class Placer:
+    def __init__(self, config: AdaptiveConfig, ledger: Ledger) -> None:
+        self._config = config
+        self._ledger = ledger
+        self._by_load = Ranking()
+        self._by_room = Ranking()
+
+    def refresh(self, view: View, name: str) -> None:
+        """The backend's demand, load or openness changed."""
+        backend = view.backends.get(name)
+        if backend is None or backend.updating:
+            self._by_load.discard(name)
+            self._by_room.discard(name)
+            return
+        account = self._ledger.backends[name]
+        in_flight = account.clock.num_in_flight
+        self._by_load.put(name, in_flight + account.num_bound, in_flight, account.num_bound)
+        self._by_room.put(name, self._ledger.demand_tokens(account) - account.capacity_tokens, in_flight, 0)
+
+    def choose(self, view: View, program: ProgramView, kept: Collection[str]) -> str | None:
+        """The backend to restore it on, not one of `kept`; None where none has room for it."""
+        best: str | None = None
+        best_cost: tuple[float, int, int, str] | None = None
+        for name in self._candidates(program):
+            if name in kept or name not in view.backends or view.backends[name].updating:
+                continue
+            account = self._ledger.backends[name]
+            if not view.backends[name].fits(program.context_tokens) or not self.has_room(view, program, account):
+                continue
+            cost = self._cost(program, account)
+            if best_cost is None or cost < best_cost:
+                best, best_cost = name, cost
+        return best
+
+    def keep(self, view: View, program: ProgramView, kept: Collection[str]) -> str | None:
+        """The backend to keep for a program that no one has room for: of those that can hold it, the
+        one with the most room."""
+        names = (name for name in self._by_room if name not in kept)
+        return next((name for name in names if view.backends[name].fits(program.context_tokens)), None)
+
+    def has_room(self, view: View, program: ProgramView, account: BackendAccount) -> bool:
+        ledger, limit = self._ledger, self._config.admit_watermark * account.capacity_tokens
+        if account.clock.num_in_flight + len(program.pending) > account.max_running:
+            return False
+        if program.ran and account.refill_tokens + program.context_tokens > max(
+            program.context_tokens, self._config.max_refill_share * account.capacity_tokens
+        ):
+            return False
+        added = ledger.added_tokens(program, account.name)
+        demand = ledger.demand_tokens(account)
+        if demand + added > limit:
+            return False
+        remaining = ledger.remaining_tokens(program.program_id, program.context_tokens)
+        projection = self.projection(view, account)
+        shared = max(0.0, projection.now_tokens - demand)
+        return projection.peak_tokens(added, remaining) - shared <= limit
+
+    def projection(self, view: View, account: BackendAccount) -> Projection:
+        if account.projection is None:
+            ledger = self._ledger
+            account.projection = Projection(
+                (program.context_tokens, ledger.remaining_tokens(program_id, program.context_tokens))
+                for program_id, program in view.backends[account.name].programs.items()
+                if not program.marked
+            )
+        return account.projection
+
+    def _candidates(self, program: ProgramView) -> dict[str, None]:
+        ledger = self._ledger
+        last = ledger.programs[program.program_id].last_backend
+        names = dict.fromkeys(() if last is None else (last,))
+        names.update(dict.fromkeys(islice(ledger.tree.holders(program.program_id), NUM_PROBES)))
+        names.update(dict.fromkeys(islice(self._by_load, NUM_PROBES)))
+        names.update(dict.fromkeys(islice(self._by_room, NUM_PROBES)))
+        return names
+
+    def _cost(self, program: ProgramView, account: BackendAccount) -> tuple[float, int, int, str]:
+        ledger = self._ledger
+        in_flight = account.clock.num_in_flight
+        load_s = ledger.model(account).mean_turn_s * (in_flight + account.num_bound) / 2
+        seconds = ledger.prefill_s(program, account) + self._config.load_weight * load_s
+        elsewhere = ledger.programs[program.program_id].last_backend != account.name
+        return (seconds, int(elsewhere), in_flight, account.name)

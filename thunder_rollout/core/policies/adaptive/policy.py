@@ -1,0 +1,197 @@
+"""`adaptive`: program scheduling by events, exact shared-once demand and learned costs.
+
+- admit: a waiting program is restored by the event that makes room for it. The queue is in order of
+  programs' arrival, nearly complete groups ahead; the first `lookahead` are tried. One that fits
+  nowhere and has waited for `patience_s` has a backend kept for it: nobody else is restored there.
+- release, where demand passes `high_watermark`: programs are given up at the least expected waste
+  (`victims`); what is marked already counts as gone.
+- hold or release, where a program waits for room: an acting program is worth holding while the
+  caching expected until it is back, c x E[t], costs less than computing it again, which holds its
+  own tokens and those of the turns in flight beside it: prefill_s x (c + reasoning tokens). Those
+  not worth holding are given up if together they make the room (eq. 3's currency, token-seconds).
+
+The tick re-examines what only time changes, a slice of the backends at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+from thunder_rollout.core.config import AdaptiveConfig
+from thunder_rollout.core.events import Event, TurnRequested, WeightsUpdated, WeightsUpdating
+from thunder_rollout.core.policies.adaptive.ledger import BackendAccount, Ledger
+from thunder_rollout.core.policies.adaptive.placement import Placer
+from thunder_rollout.core.policies.adaptive.victims import Item, choose
+from thunder_rollout.core.policies.base import BackendView, Placement, PolicyBase, ProgramView, View, home
+from thunder_rollout.core.program import Phase
+from thunder_rollout.core.queue import SortKey
+
+TICK_SLICE = 64  # backends re-examined by one tick
+_SHORTEST_ABSENCE_S = 1e-3
+
+
+@dataclass(slots=True)
+class _Blocked:
+    """The first waiting program that found no room."""
+
+    program: str
+    context_tokens: int
+    arrived_s: float
+
+
+class AdaptivePolicy(PolicyBase):
+    def __init__(self, config: AdaptiveConfig) -> None:
+        self._config = config
+        self._ledger = Ledger(config)
+        self._placer = Placer(config, self._ledger)
+        self._blocked: _Blocked | None = None
+        self._updating: tuple[str, ...] = ()  # backends whose programs are to be given up now
+        self._examine: dict[str, None] = {}
+        self._next_slice = 0
+        self._mean_wait_s = 0.0
+
+    def queue_key(self, program: ProgramView) -> SortKey:
+        ahead_s = self._config.group_weight_s * self._ledger.groups.complete_share(program.group)
+        return (program.arrived_s - ahead_s,)
+
+    def begin(self, now: float) -> None:
+        self._ledger.begin(now)
+
+    def accept(self, request: TurnRequested) -> TurnRequested:
+        return self._ledger.accept(request)
+
+    def changed(self, program: ProgramView) -> None:
+        self._ledger.changed(program)
+
+    def granted(self, program: ProgramView, request: TurnRequested, backend: str, grant: int) -> None:
+        self._ledger.granted(program, request, backend, grant)
+
+    def observe(self, event: Event, now: float) -> None:
+        self._ledger.observe(event)
+        if isinstance(event, WeightsUpdating | WeightsUpdated):
+            self._ledger.touched.update(dict.fromkeys(event.backends))
+        if isinstance(event, WeightsUpdating) and self._config.rebalance_on_update:
+            self._updating = event.backends
+
+    def reordered(self) -> Collection[str]:
+        names, self._ledger.groups.reordered = self._ledger.groups.reordered, []
+        return names
+
+    def place(self, view: View, program: ProgramView, request: TurnRequested, now: float) -> str | None:
+        if program.backend is None:
+            return None
+        own = home(view, program, request.prompt_tokens)
+        return own.name if own is not None else None
+
+    def restores(self, view: View, now: float, *, tick: bool) -> Iterator[Placement]:
+        self._blocked = None
+        self._refresh(view)
+        if not view.num_waiting_pending:
+            return
+        kept: set[str] = set()
+        for program in list(islice(view.waiting(now), self._config.lookahead)):
+            if not program.pending:
+                return
+            since_s = min(pending.since_s for pending in program.pending.values())
+            name = self._placer.choose(view, program, kept)
+            if name is not None:
+                self._mean_wait_s += (now - since_s - self._mean_wait_s) / 20
+                yield Placement(program.program_id, name)
+                self._refresh(view)
+                continue
+            if self._blocked is None:
+                self._blocked = _Blocked(program.program_id, program.context_tokens, program.arrived_s)
+            if now - since_s >= self._config.patience_s:
+                keep = self._placer.keep(view, program, kept)
+                if keep is not None:
+                    kept.add(keep)
+
+    def releases(self, view: View, now: float, *, tick: bool) -> Iterator[str]:
+        updating, self._updating = self._updating, ()
+        for name in updating:
+            if name in view.backends:
+                yield from [p.program_id for p in view.backends[name].programs.values() if not p.marked]
+        for name in self._to_examine(view, tick=tick):
+            backend, account = view.backends[name], self._ledger.backends[name]
+            yield from self._overflow(backend, account, now)
+            if self._blocked is not None:
+                yielded = list(self._not_worth_holding(backend, account, now))
+                yield from yielded
+                if yielded:
+                    return
+
+    # Inside
+
+    def _refresh(self, view: View) -> None:
+        for name in self._ledger.touched:
+            self._placer.refresh(view, name)
+        self._examine.update(self._ledger.touched)
+        self._ledger.touched.clear()
+
+    def _to_examine(self, view: View, *, tick: bool) -> list[str]:
+        self._refresh(view)
+        names, self._examine = self._examine, {}
+        if tick:
+            every = list(view.backends)
+            start = self._next_slice if self._next_slice < len(every) else 0
+            names.update(dict.fromkeys(every[start : start + TICK_SLICE]))
+            self._next_slice = start + TICK_SLICE
+        return [name for name in names if name in view.backends]
+
+    def _overflow(self, backend: BackendView, account: BackendAccount, now: float) -> list[str]:
+        ledger = self._ledger
+        limit = self._config.high_watermark * account.capacity_tokens
+        need = ledger.demand_tokens(account) - limit
+        if need <= 0 or backend.num_bound - backend.num_marked <= 1:
+            return []
+        need -= sum(ledger.freed_tokens(p.program_id) for p in backend.programs.values() if p.marked)
+        programs = [program for program in backend.programs.values() if not program.marked]
+        items = [self._item(program, account, now) for program in programs]
+        price = min((item.waste / item.tokens for item in items if item.tokens > 0), default=0.0)
+        return [programs[index].program_id for index in choose(items, need, overshoot_price=price)]
+
+    def _not_worth_holding(self, backend: BackendView, account: BackendAccount, now: float) -> list[str]:
+        blocked = self._blocked
+        assert blocked is not None
+        if backend.updating or not backend.fits(blocked.context_tokens):
+            return []
+        programs, items = [], []
+        for program in backend.programs.values():
+            if program.phase is Phase.ACTING and self._is_waste(program, backend, account, now):
+                programs.append(program)
+                items.append(self._item(program, account, now))
+        limit = self._config.admit_watermark * account.capacity_tokens
+        need = self._ledger.demand_tokens(account) + blocked.context_tokens - limit
+        if need <= 0 or sum(item.tokens for item in items) < need:
+            return []
+        return [programs[index].program_id for index in choose(items, need)]
+
+    def _is_waste(self, program: ProgramView, backend: BackendView, account: BackendAccount, now: float) -> bool:
+        """Whether holding it until it is back is expected to cost more than computing it again."""
+        tokens = self._ledger.freed_tokens(program.program_id)
+        caching = tokens * self._absence_s(program, now)
+        recompute_s = self._ledger.model(account).prefill_s(tokens, program.context_tokens)
+        return caching > recompute_s * (program.context_tokens + backend.reasoning_tokens)
+
+    def _item(self, program: ProgramView, account: BackendAccount, now: float) -> Item:
+        """Seconds to compute it again, weighted by how soon it is back and how complete its group is."""
+        ledger = self._ledger
+        tokens = ledger.freed_tokens(program.program_id)
+        absence_s = self._absence_s(program, now)
+        blocked = self._blocked
+        if blocked is not None and program.arrived_s >= blocked.arrived_s:
+            absence_s += self._mean_wait_s
+        soon = 1.0 + account.mean_turn_s / max(absence_s, _SHORTEST_ABSENCE_S)
+        complete = 1.0 + ledger.groups.complete_share(program.group)
+        waste = ledger.model(account).prefill_s(tokens, program.context_tokens) * soon * complete
+        return Item(tokens=tokens, waste=waste)
+
+    def _absence_s(self, program: ProgramView, now: float) -> float:
+        """Expected seconds without it: to the end of its tool call, or of the one that comes next."""
+        account = self._ledger.programs[program.program_id]
+        elapsed_s = 0.0
+        if program.phase is Phase.ACTING and program.acting_since_s is not None:
+            elapsed_s = now - program.acting_since_s
+        return self._ledger.return_times.of(program.tool or account.tool).remaining_s(elapsed_s)

@@ -1,0 +1,104 @@
+"""What a turn costs its engine, learned on line (tokens, seconds):
+
+    duration = a + b x uncached + c x uncached x context + d x output x turns beside it
+
+An engine prefills a turn's tokens for itself alone but decodes all turns together, so b and c are
+seconds of the whole engine. `ServiceClock` advances by dt / (turns in flight): how far it went while
+a turn ran is the turn's even share of the engine, its service, and duration / service the turns
+beside it. Discounted least squares, from a prior.
+"""
+
+from __future__ import annotations
+
+_SCALE_TOKENS = 1000.0  # features are in thousands of tokens, so that all are of one order
+_NUM_FEATURES = 4
+_TURNS_A_FIT = 8  # the fit follows so many turns behind
+_RIDGE = 0.01  # pull towards the even cost, as a share of what was seen
+
+
+class ServiceClock:
+    """Seconds of service that each turn in flight has had since the start."""
+
+    __slots__ = ("_at_s", "num_in_flight", "served_s")
+
+    def __init__(self) -> None:
+        self.served_s = 0.0
+        self.num_in_flight = 0
+        self._at_s = 0.0
+
+    def advance(self, now: float) -> None:
+        """To be called before `num_in_flight` changes."""
+        self.served_s += (now - self._at_s) / max(1, self.num_in_flight)
+        self._at_s = now
+
+
+class PrefillModel:
+    """See the module."""
+
+    def __init__(self, *, prior_token_s: float, forgetting: float) -> None:
+        """`prior_token_s`: seconds of prefill a token before anything was seen."""
+        self._prior_token_s = prior_token_s
+        self._forgetting = forgetting
+        self._products = [[0.0] * _NUM_FEATURES for _ in range(_NUM_FEATURES)]  # discounted sums of x x^T
+        self._targets = [0.0] * _NUM_FEATURES  # of x y
+        self._linear, self._quadratic = prior_token_s * _SCALE_TOKENS, 0.0
+        self._num_unsolved = 0
+        self.mean_turn_s = 0.0  # of service, a running mean
+        self.num_turns = 0
+
+    def add(
+        self, *, uncached_tokens: int, prompt_tokens: int, output_tokens: int, duration_s: float, service_s: float
+    ) -> None:
+        uncached = uncached_tokens / _SCALE_TOKENS
+        shared = output_tokens / _SCALE_TOKENS * (duration_s / service_s if service_s > 0 else 1.0)
+        features = (1.0, uncached, shared, uncached * prompt_tokens / _SCALE_TOKENS)
+        forgetting = self._forgetting
+        for row, feature in zip(self._products, features, strict=True):
+            for index, other in enumerate(features):
+                row[index] = forgetting * row[index] + feature * other
+        self._targets = [forgetting * t + f * duration_s for t, f in zip(self._targets, features, strict=True)]
+        self.num_turns += 1
+        self._num_unsolved += 1
+        self.mean_turn_s += (service_s - self.mean_turn_s) / min(self.num_turns, 100)
+
+    def prefill_s(self, uncached_tokens: float, context_tokens: float) -> float:
+        """Seconds of the engine to prefill `uncached_tokens` of a context."""
+        if self._num_unsolved >= _TURNS_A_FIT:
+            self._fit()
+        uncached = uncached_tokens / _SCALE_TOKENS
+        return uncached * (self._linear + self._quadratic * context_tokens / _SCALE_TOKENS)
+
+    def _fit(self) -> None:
+        """Least squares, held towards a turn whose every token costs the same. A term that comes out
+        negative is not there."""
+        self._num_unsolved = 0
+        num_turns, tokens = self._products[0][0], self._products[0][1] + self._products[0][2]
+        even = self._targets[0] / tokens if tokens > 0 else self._prior_token_s * _SCALE_TOKENS
+        centre = [0.0, even, even, 0.0]
+        for num_features in (_NUM_FEATURES, _NUM_FEATURES - 1):
+            ridge = [_RIDGE * self._products[index][index] + 1e-9 * num_turns for index in range(num_features)]
+            matrix = [row[:num_features] for row in self._products[:num_features]]
+            target = [t + r * c for t, r, c in zip(self._targets, ridge, centre, strict=False)]
+            for index, extra in enumerate(ridge):
+                matrix[index][index] += extra
+            weights = _solve(matrix, target)
+            self._linear, self._quadratic = weights[1], weights[3] if num_features == _NUM_FEATURES else 0.0
+            if self._linear > 0 and self._quadratic >= 0:
+                return
+        self._linear, self._quadratic = max(self._linear, even / 10), 0.0
+
+
+def _solve(matrix: list[list[float]], target: list[float]) -> list[float]:
+    """Gauss on a symmetric positive definite matrix."""
+    size = len(target)
+    rows = [[*row, value] for row, value in zip(matrix, target, strict=True)]
+    for pivot in range(size):
+        for below in range(pivot + 1, size):
+            factor = rows[below][pivot] / rows[pivot][pivot]
+            for column in range(pivot, size + 1):
+                rows[below][column] -= factor * rows[pivot][column]
+    solution = [0.0] * size
+    for index in reversed(range(size)):
+        rest = sum(rows[index][column] * solution[column] for column in range(index + 1, size))
+        solution[index] = (rows[index][size] - rest) / rows[index][index]
+    return solution

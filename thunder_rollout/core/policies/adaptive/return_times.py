@@ -1,0 +1,116 @@
+"""How long until an acting program is back: a survival estimate for each tool.
+
+Time since it began acting is cut into cells, each with a hazard estimated as (returns seen +
+prior) / (seconds spent there + prior). Programs that left before they returned (censored) count for
+the seconds they spent, so nothing is lost by leaving them out of the returns. The prior is the
+paper's f(t) = x^-t, an exponential of hazard ln(x) / unit, worth `prior_weight` programs; a tool
+never seen borrows what all tools together taught.
+"""
+
+from __future__ import annotations
+
+import math
+
+_FIRST_EDGE_S = 0.05
+_NUM_CELLS = 24  # edges double: the last finite one lies at five days
+_LEAST_PRIOR_S = 1e-6  # of the prior in each cell, so that a hazard is always defined
+_EDGES = (0.0, *(_FIRST_EDGE_S * 2.0**index for index in range(_NUM_CELLS - 1)), math.inf)
+
+
+class Survival:
+    """One tool's estimate."""
+
+    def __init__(self, prior_mean_s: float, prior_weight: float, base: Survival | None = None) -> None:
+        self._prior_mean_s = prior_mean_s
+        self._prior_weight = prior_weight
+        self._base = base
+        self._returns = [0.0] * _NUM_CELLS
+        self._exposure_s = [0.0] * _NUM_CELLS
+        self._remaining_s: list[float] | None = None  # expected, at the start of each cell
+        self._hazards: list[float] = []
+        self.num_returns = 0
+
+    def add(self, acted_s: float, *, returned: bool) -> None:
+        """The program acted for `acted_s` and then came back, or was lost to sight."""
+        for cell in range(_NUM_CELLS):
+            start, end = _EDGES[cell], _EDGES[cell + 1]
+            if acted_s < end:
+                self._exposure_s[cell] += acted_s - start
+                self._returns[cell] += returned
+                break
+            self._exposure_s[cell] += end - start
+        self.num_returns += returned
+        self._remaining_s = None
+
+    def remaining_s(self, elapsed_s: float) -> float:
+        """Expected seconds until it returns, given that it has not after `elapsed_s`."""
+        table = self._table()
+        cell = _cell_of(elapsed_s)
+        hazard, end = self._hazards[cell], _EDGES[cell + 1]
+        if math.isinf(end):
+            return 1.0 / hazard
+        survives = math.exp(-hazard * (end - elapsed_s))
+        return (1.0 - survives) / hazard + survives * table[cell + 1]
+
+    def survival(self, elapsed_s: float) -> float:
+        """Share of programs still acting after `elapsed_s`; with no data x^-t."""
+        self._table()
+        exponent = 0.0
+        for cell in range(_NUM_CELLS):
+            exponent += self._hazards[cell] * (min(elapsed_s, _EDGES[cell + 1]) - _EDGES[cell])
+            if elapsed_s <= _EDGES[cell + 1]:
+                break
+        return math.exp(-exponent)
+
+    def _table(self) -> list[float]:
+        if self._remaining_s is None:
+            self._hazards = self._estimate()
+            table = [1.0 / self._hazards[-1]]
+            for cell in reversed(range(_NUM_CELLS - 1)):
+                hazard = self._hazards[cell]
+                survives = math.exp(-hazard * (_EDGES[cell + 1] - _EDGES[cell]))
+                table.append((1.0 - survives) / hazard + survives * table[-1])
+            self._remaining_s = table[::-1]
+        return self._remaining_s
+
+    def _estimate(self) -> list[float]:
+        """The prior counts as `prior_weight` programs that follow it: so many seconds and returns a cell."""
+        if self._base is None:
+            priors = [1.0 / self._prior_mean_s] * _NUM_CELLS
+        else:
+            self._base._table()
+            priors = self._base._hazards
+        hazards = []
+        programs = self._prior_weight
+        for cell, prior in enumerate(priors):
+            still = programs * math.exp(-min(700.0, prior * (_EDGES[cell + 1] - _EDGES[cell])))
+            prior_s = max((programs - still) / prior, _LEAST_PRIOR_S)
+            hazards.append((self._returns[cell] + prior * prior_s) / (self._exposure_s[cell] + prior_s))
+            programs = still
+        return hazards
+
+
+class ReturnTimes:
+    """`Survival` by tool name; None is the tool nobody named."""
+
+    def __init__(self, *, decay_base: float, decay_unit_s: float, prior_weight: float) -> None:
+        mean_s = decay_unit_s / math.log(decay_base)
+        self._all = Survival(mean_s, prior_weight)
+        self._mean_s = mean_s
+        self._prior_weight = prior_weight
+        self._tools: dict[str | None, Survival] = {}
+
+    def of(self, tool: str | None) -> Survival:
+        return self._tools.get(tool, self._all)
+
+    def add(self, tool: str | None, acted_s: float, *, returned: bool) -> None:
+        if tool not in self._tools:
+            self._tools[tool] = Survival(self._mean_s, self._prior_weight, self._all)
+        self._all.add(acted_s, returned=returned)
+        self._tools[tool].add(acted_s, returned=returned)
+
+
+def _cell_of(elapsed_s: float) -> int:
+    if elapsed_s < _FIRST_EDGE_S:
+        return 0
+    return min(_NUM_CELLS - 1, 1 + int(math.log2(elapsed_s / _FIRST_EDGE_S)))
