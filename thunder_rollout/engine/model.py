@@ -35,6 +35,7 @@ class EngineTiming:
     prefill_token_s: float = 6e-5
     decode_turn_s: float = 2e-4
     context_token_s: float = 2e-8  # per token of context that a scheduled turn attends to
+    prefill_context_s: float = 0.0  # per prefilled token and token that it attends to
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,15 +142,18 @@ class EngineModel:
             work += self._admit(budget)
         if not work:
             return None
-        num_decodes = sum(num_tokens == 1 and len(turn.token_ids) > turn.num_prompt for turn, num_tokens in work)
-        prefill_tokens = sum(num_tokens for _, num_tokens in work) - num_decodes
+        prefills = [(turn, n) for turn, n in work if n > 1 or len(turn.token_ids) == turn.num_prompt]
+        num_decodes = len(work) - len(prefills)
+        prefill_tokens = sum(num_tokens for _, num_tokens in prefills)
         context_tokens = sum(turn.num_computed for turn, _ in work)
+        attended_tokens = sum(num_tokens * (turn.num_computed - num_tokens / 2) for turn, num_tokens in prefills)
         timing = self.timing
         return Step(
             took_s=timing.step_s
             + timing.prefill_token_s * prefill_tokens
             + timing.decode_turn_s * num_decodes
-            + timing.context_token_s * context_tokens,
+            + timing.context_token_s * context_tokens
+            + timing.prefill_context_s * attended_tokens,
             admitted=tuple(turn.request_id for turn, _ in work[num_old:]),
             sampled=tuple(turn.request_id for turn, _ in work if turn.num_computed == len(turn.token_ids)),
             num_prefill_tokens=prefill_tokens,
