@@ -71,6 +71,40 @@ def _bench() -> int:
     return _hydra_main("bench", conf_dir(), task)
 
 
+def _simulate() -> int:
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from thunder_rollout.config import conf_dir, to_typed
+    from thunder_rollout.sim.config import SimulateConfig
+    from thunder_rollout.sim.report import simulate
+
+    def task(raw: DictConfig) -> int:
+        config = to_typed(SimulateConfig, raw)
+        job = HydraConfig.get()
+        folder = Path(config.out_dir)
+        if job.mode is RunMode.MULTIRUN:
+            folder /= job.job.override_dirname or str(job.job.num)
+        simulate(config, folder)
+        print(f"written: {folder}")
+        return 0
+
+    return _hydra_main("simulate", conf_dir(), task)
+
+
+def _calibrate() -> int:
+    from thunder_rollout.config import conf_dir, to_typed
+    from thunder_rollout.sim.calibrate import run_calibration
+    from thunder_rollout.sim.config import CalibrateConfig
+
+    def task(raw: DictConfig) -> int:
+        config = to_typed(CalibrateConfig, raw)
+        print(asyncio.run(_until_signal(run_calibration(config))))
+        return 0
+
+    return _hydra_main("calibrate", conf_dir(), task)
+
+
 def _hydra_main(name: str, conf: Path, task: Callable[[DictConfig], int]) -> int:
     """Run `task` under hydra (overrides, --multirun, --cfg job), our errors as plain messages."""
     from thunder_rollout.config import compose_config
@@ -129,6 +163,8 @@ def _print_summary(summary: dict[str, Any], folder: Path) -> None:
 _COMMANDS: dict[str, tuple[str, Callable[[], int]]] = {
     "rollout": ("roll out tasks x samples; hydra overrides follow (e.g. rollout.n=8 task.count=32)", _rollout),
     "bench": ("compare policies on real engines with small KV pools", _bench),
+    "simulate": ("compare policies in virtual time, beside their bounds", _simulate),
+    "calibrate": ("measure an engine and write its profile for simulate", _calibrate),
 }
 
 if __name__ == "__main__":

@@ -9,8 +9,14 @@ import yaml
 
 from thunder_rollout.bench.config import BenchConfig
 from thunder_rollout.config import RolloutConfig, compose_config, conf_dir, to_typed
+from thunder_rollout.sim.config import CalibrateConfig, SimulateConfig
 
-TOP_LEVEL = {"rollout": RolloutConfig, "bench": BenchConfig}
+TOP_LEVEL = {
+    "rollout": RolloutConfig,
+    "bench": BenchConfig,
+    "simulate": SimulateConfig,
+    "calibrate": CalibrateConfig,
+}
 MANDATORY = "???"
 
 
