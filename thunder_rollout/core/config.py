@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from thunder_rollout.errors import ConfigError
 
-POLICIES = ("thunder", "adaptive", "sticky", "round_robin", "cache_aware", "capped")
+POLICIES = ("thunder", "adaptive", "sticky", "round_robin", "cache_aware", "capped", "ttl", "aimd")
 
 
 def _require(ok: bool, name: str, value: object, rule: str) -> None:
@@ -82,6 +82,38 @@ class CappedConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TtlConfig:
+    """`ttl`: pin a program's KV while it acts, for a time-to-live from tool statistics."""
+
+    ttl_quantile: float = 0.9  # of a tool's recent times
+    default_ttl_s: float = 5.0  # for a tool never seen
+    max_ttl_s: float = 60.0
+    headroom_tokens: int = 100  # reserved for every bound program
+
+    def __post_init__(self) -> None:
+        _require(0 < self.ttl_quantile <= 1, "ttl.ttl_quantile", self.ttl_quantile, "in (0, 1]")
+        for name in ("default_ttl_s", "max_ttl_s", "headroom_tokens"):
+            _require(getattr(self, name) >= 0, f"ttl.{name}", getattr(self, name), ">= 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AimdConfig:
+    """`aimd`: a limit on active programs that grows by a step and is cut by a share."""
+
+    initial_programs: int = 8  # a backend
+    grow_programs: int = 1  # a backend and tick
+    cut_share: float = 0.8  # what is left of the active programs after a cut
+    max_lost_share: float = 0.1  # of the tokens computed before that may have left the cache
+    target_usage: float = 0.95  # of capacity by bound programs' contexts, beyond which it does not grow
+
+    def __post_init__(self) -> None:
+        for name in ("initial_programs", "grow_programs"):
+            _require(getattr(self, name) >= 1, f"aimd.{name}", getattr(self, name), ">= 1")
+        for name in ("cut_share", "max_lost_share", "target_usage"):
+            _require(0 < getattr(self, name) < 1, f"aimd.{name}", getattr(self, name), "in (0, 1)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CacheAwareConfig:
     """Longest prefix match unless load is unbalanced; defaults are SGLang router's."""
 
@@ -106,16 +138,20 @@ class SchedulerConfig:
     policy: str = "thunder"
     tick_s: float = 5.0  # dt
     max_wait_s: float = 600.0  # after this in the queue nobody younger goes ahead
+    lease_s: float | None = None  # a program silent for so long is terminated; longer than any turn or tool call
     prepare_ahead: int = 4  # waiting programs, in restore order, whose sandbox is prepared
     thunder: ThunderConfig = field(default_factory=ThunderConfig)
     adaptive: AdaptiveConfig = field(default_factory=AdaptiveConfig)
     capped: CappedConfig = field(default_factory=CappedConfig)
     cache_aware: CacheAwareConfig = field(default_factory=CacheAwareConfig)
+    ttl: TtlConfig = field(default_factory=TtlConfig)
+    aimd: AimdConfig = field(default_factory=AimdConfig)
 
     def __post_init__(self) -> None:
         _require(self.policy in POLICIES, "policy", self.policy, f"one of {', '.join(POLICIES)}")
         _require(self.tick_s > 0, "tick_s", self.tick_s, "> 0")
         _require(self.max_wait_s > 0, "max_wait_s", self.max_wait_s, "> 0")
+        _require(self.lease_s is None or self.lease_s > 0, "lease_s", self.lease_s, "> 0 or null")
         _require(self.prepare_ahead >= 0, "prepare_ahead", self.prepare_ahead, ">= 0")
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from thunder_rollout.core.config import SchedulerConfig
-from thunder_rollout.core.decisions import Decision, PrepareSandbox, Reject, ReleaseSandbox, Restore
+from thunder_rollout.core.decisions import Decision, Expire, PrepareSandbox, Reject, ReleaseSandbox, Restore
 from thunder_rollout.core.events import (
     BackendDown,
     BackendUp,
@@ -72,6 +72,7 @@ class Harness:
         request: str | None = None,
         block_hashes: tuple[int, ...] | None = None,
         sandbox: bool = False,
+        group: str | None = None,
     ) -> list[Decision]:
         self._num_requests += 1
         return self.send(
@@ -81,6 +82,7 @@ class Harness:
                 prompt_tokens=prompt_tokens,
                 block_hashes=block_hashes,
                 sandbox=sandbox,
+                group=group,
             )
         )
 
@@ -121,6 +123,8 @@ class Harness:
                     del self.waiting[request]
                 case Reject():
                     del self.waiting[decision.request]
+                case Expire():
+                    self._drop(decision.program, None)
                 case PrepareSandbox():
                     assert decision.program not in self._prepared, "a sandbox is prepared once"
                     self._prepared.add(decision.program)

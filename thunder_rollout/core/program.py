@@ -77,7 +77,6 @@ class Program:
         "backend",
         "context_tokens",
         "group",
-        "last_event_s",
         "marked",
         "num_turns_admitted",
         "pending",
@@ -95,7 +94,6 @@ class Program:
     ) -> None:
         self.program_id = program_id
         self.arrived_s = arrived_s  # when its first request came
-        self.last_event_s = arrived_s
         self.group = group
         self.task_kind = task_kind
         self.context_tokens = 0

@@ -11,6 +11,8 @@ Contract:
   weights or can't hold the prompt. `max_running` is a hint and blocks nothing.
 - It always moves, whatever the policy: after any event, a backend with no turn in flight admits
   the first program of the queue that it can hold; what no backend can hold is rejected.
+- A program of which nothing was heard for `lease_s`, and that waits for nothing, is terminated at a
+  tick: Expire, and ReleaseSandbox where one is owed.
 - PrepareSandbox is issued at the latest with a program's first Restore; where it was issued,
   ReleaseSandbox follows exactly once, at the program's end.
 
@@ -24,8 +26,18 @@ from __future__ import annotations
 from itertools import islice, takewhile
 
 from thunder_rollout.core.backend import Backend
+from thunder_rollout.core.checks import (
+    check_backend_up,
+    check_end,
+    check_progress,
+    check_request,
+    check_weights,
+    holder,
+    known_backend,
+    known_program,
+)
 from thunder_rollout.core.config import SchedulerConfig
-from thunder_rollout.core.decisions import Decision, Pause, PrepareSandbox, Reject, ReleaseSandbox, Restore
+from thunder_rollout.core.decisions import Decision, Expire, Pause, PrepareSandbox, Reject, ReleaseSandbox, Restore
 from thunder_rollout.core.events import (
     BackendDown,
     BackendStats,
@@ -98,11 +110,11 @@ class Scheduler:
             case TurnEnded():
                 self._on_turn_ended(event, now)
             case ToolStarted():
-                self._known(event).start_tool(event.tool)
+                known_program(self._state, event).start_tool(event.tool)
             case ToolEnded():
-                self._known(event).end_tool()
+                known_program(self._state, event).end_tool()
             case ProgramEnded():
-                self._forget(self._known(event))
+                self._forget(known_program(self._state, event))
             case Withdrawn():
                 self._on_withdrawn(event)
             case BackendUp():
@@ -115,16 +127,20 @@ class Scheduler:
                 self._on_weights(event, now)
             case SandboxFailed():
                 self._on_sandbox_failed(event)
-            case Tick() | SandboxReady():
+            case Tick():
+                self._expire(now)
+            case SandboxReady():
                 pass
             case _:
                 raise BadEvent(f"{type(event).__name__}: not an event of core.events")
+        program = getattr(event, "program", None)
+        if program in self._state.programs:
+            self._state.hear(program, now)
 
     # Turns
 
     def _on_turn_requested(self, event: TurnRequested, now: float) -> None:
-        if event.prompt_tokens < 1:
-            raise BadEvent(f"TurnRequested.prompt_tokens={event.prompt_tokens!r}: must be >= 1")
+        check_request(event)
         program = self._state.programs.get(event.program)
         if program is not None and program.is_open(event.request):
             raise BadEvent(
@@ -142,9 +158,9 @@ class Scheduler:
         self._place(program, event, now)
 
     def _on_turn_progress(self, event: TurnStarted | TurnProgress) -> None:
-        if isinstance(event, TurnProgress) and event.output_tokens < 0:
-            raise BadEvent(f"TurnProgress.output_tokens={event.output_tokens!r}: must be >= 0")
-        program = self._holder(event)
+        if isinstance(event, TurnProgress):
+            check_progress(event)
+        program = holder(self._state, event)
         if program is None:
             return
         if isinstance(event, TurnProgress):
@@ -153,11 +169,8 @@ class Scheduler:
             program.start_turn(event.grant)
 
     def _on_turn_ended(self, event: TurnEnded, now: float) -> None:
-        for name in ("output_tokens", "cached_tokens"):
-            value = getattr(event, name)
-            if value is not None and value < 0:
-                raise BadEvent(f"TurnEnded.{name}={value!r}: must be >= 0 or None")
-        program = self._holder(event)
+        check_end(event)
+        program = holder(self._state, event)
         if program is not None:
             self._state.end_turn(program, event.grant, event.output_tokens, event.finish_reason, now)
             self._honour_mark(program)
@@ -182,15 +195,7 @@ class Scheduler:
     # Backends
 
     def _on_backend_up(self, event: BackendUp, now: float) -> None:
-        known = self._state.generations.get(event.backend)
-        if known is not None and event.generation <= known:
-            raise BadEvent(
-                f"BackendUp.generation={event.generation!r}: backend={event.backend} was up in generation {known}; "
-                "a restarted backend must count one up"
-            )
-        for name in ("capacity_tokens", "max_running"):
-            if getattr(event, name) < 1:
-                raise BadEvent(f"BackendUp.{name}={getattr(event, name)!r}: must be >= 1")
+        check_backend_up(event, self._state.generations)
         old = self._state.backends.get(event.backend)
         if old is not None:
             self._take_down(old)
@@ -206,20 +211,18 @@ class Scheduler:
         self._place_held(now)
 
     def _on_backend_down(self, event: BackendDown) -> None:
-        backend = self._known_backend(event)
+        backend = known_backend(self._state, event)
         if backend is not None:
             self._take_down(backend)
             self._reject_oversized()
 
     def _on_backend_stats(self, event: BackendStats) -> None:
-        backend = self._known_backend(event)
+        backend = known_backend(self._state, event)
         if backend is not None and event.used_tokens is not None:
             backend.used_tokens = event.used_tokens
 
     def _on_weights(self, event: WeightsUpdating | WeightsUpdated, now: float) -> None:
-        for name in event.backends:
-            if name not in self._state.generations:
-                raise BadEvent(f"{type(event).__name__}.backends: backend={name} never was up")
+        check_weights(event, self._state.generations)
         updating = isinstance(event, WeightsUpdating)
         for name in event.backends:
             if name in self._state.backends:
@@ -320,6 +323,7 @@ class Scheduler:
         assert backend.fits(request.prompt_tokens)
         self._prepare(program, now)
         grant = self._state.admit(program, request.request)
+        self._state.hear(program.program_id, now)
         self._decisions.append(
             Restore(
                 program=program.program_id,
@@ -352,6 +356,17 @@ class Scheduler:
             self._decisions.append(ReleaseSandbox(program=program.program_id))
         self._state.forget(program)
 
+    def _expire(self, now: float) -> None:
+        """Terminate programs whose lease ran out; one that waits for an answer is not silent."""
+        if self._config.lease_s is None:
+            return
+        for program in self._state.silent(now, self._config.lease_s):
+            if program.pending:
+                self._state.hear(program.program_id, now)
+            else:
+                self._decisions.append(Expire(program=program.program_id))
+                self._forget(program)
+
     def _fits_nowhere(self, request: TurnRequested) -> bool:
         """Never true while no backend is up."""
         return bool(self._state.backends) and request.prompt_tokens + 1 > self._state.max_capacity_tokens
@@ -372,36 +387,3 @@ class Scheduler:
                     self._state.drop_request(program, pending.event.request)
             if not program.ran and not program.has_open:
                 self._forget(program)
-
-    # Lookups
-
-    def _known(self, event: ToolStarted | ToolEnded | ProgramEnded) -> Program:
-        program = self._state.programs.get(event.program)
-        if program is None:
-            raise BadEvent(
-                f"{type(event).__name__}.program={event.program!r}: unknown; it ended or never had a request admitted "
-                "or waiting (Withdrawn is the event that may be late)"
-            )
-        return program
-
-    def _holder(self, event: TurnStarted | TurnProgress | TurnEnded) -> Program | None:
-        """The program whose turn this is; None for a grant that was taken back."""
-        if self._state.void_grants.get(event.grant) == event.program:
-            return None
-        program = self._state.programs.get(event.program)
-        if program is None or event.grant not in program.turns:
-            raise BadEvent(
-                f"{type(event).__name__}.grant={event.grant!r}: not current for program={event.program!r}; "
-                "use the grant of the Restore that admitted the turn, and end it once"
-            )
-        return program
-
-    def _known_backend(self, event: BackendDown | BackendStats) -> Backend | None:
-        """The backend if this is its present generation; None for news of an older one."""
-        known = self._state.generations.get(event.backend)
-        if known is None or event.generation > known:
-            raise BadEvent(
-                f"{type(event).__name__}: backend={event.backend!r} generation={event.generation} never was up; "
-                "announce it with BackendUp first"
-            )
-        return self._state.backends.get(event.backend) if event.generation == known else None

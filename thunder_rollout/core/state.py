@@ -7,7 +7,9 @@ took it back: a late message about it is expected) or unknown. Policies see it a
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from itertools import takewhile
 
 from thunder_rollout.core.backend import Backend
 from thunder_rollout.core.events import FinishReason, TurnRequested
@@ -35,6 +37,8 @@ class State:
         self.queue = WaitingQueue(queue_key, max_wait_s=max_wait_s)
         self.void_grants: dict[int, str] = {}  # grant -> program, oldest first
         self.num_bound = 0
+        self.max_capacity_tokens = 0  # of the largest backend that is up
+        self.heard_s: OrderedDict[str, float] = OrderedDict()  # when each program was last heard of, oldest first
         self._on_change = on_change
         self._idle: dict[str, Backend] = {}  # no turn in flight and not updating
         self._last_grant = 0
@@ -61,10 +65,6 @@ class State:
         return list(self.queue.overdue(now))
 
     # What the scheduler asks
-
-    @property
-    def max_capacity_tokens(self) -> int:
-        return max((backend.capacity_tokens for backend in self.backends.values()), default=0)
 
     def idle_backends(self) -> list[Backend]:
         """No turn in flight, not updating; the emptiest first."""
@@ -98,6 +98,7 @@ class State:
     def add_backend(self, backend: Backend) -> None:
         self.backends[backend.name] = backend
         self.generations[backend.name] = backend.generation
+        self._measure()
         self._idle[backend.name] = backend
 
     def remove_backend(self, backend: Backend) -> None:
@@ -105,6 +106,7 @@ class State:
         assert not backend.grants
         del self.backends[backend.name]
         self._idle.pop(backend.name, None)
+        self._measure()
 
     def set_updating(self, backend: Backend, updating: bool) -> None:
         backend.updating = updating
@@ -114,6 +116,16 @@ class State:
 
     def add_program(self, program: Program) -> None:
         self.programs[program.program_id] = program
+
+    def hear(self, program_id: str, now: float) -> None:
+        """Its lease runs from now."""
+        self.heard_s[program_id] = now
+        self.heard_s.move_to_end(program_id)
+
+    def silent(self, now: float, lease_s: float) -> list[Program]:
+        """Programs not heard of for `lease_s`, oldest first."""
+        names = takewhile(lambda name: now - self.heard_s[name] >= lease_s, self.heard_s)
+        return [self.programs[name] for name in names]
 
     def request(self, program: Program, event: TurnRequested, now: float) -> None:
         self._last_seq += 1
@@ -165,6 +177,7 @@ class State:
             self.num_bound -= 1
         program.terminate()
         del self.programs[program.program_id]
+        self.heard_s.pop(program.program_id, None)
         self._on_change(program)
 
     # Turns
@@ -206,6 +219,9 @@ class State:
         self.void_grants[grant] = program.program_id
         if len(self.void_grants) > MAX_VOID_GRANTS:
             del self.void_grants[next(iter(self.void_grants))]
+
+    def _measure(self) -> None:
+        self.max_capacity_tokens = max((backend.capacity_tokens for backend in self.backends.values()), default=0)
 
     def _refresh(self, program: Program) -> None:
         if program.backend is None:

@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from thunder_rollout.core.backend import Backend
-from thunder_rollout.core.config import POLICIES, CacheAwareConfig, CappedConfig, SchedulerConfig, ThunderConfig
+from thunder_rollout.core.config import (
+    POLICIES,
+    AdaptiveConfig,
+    AimdConfig,
+    CacheAwareConfig,
+    CappedConfig,
+    SchedulerConfig,
+    ThunderConfig,
+    TtlConfig,
+)
 from thunder_rollout.core.decisions import Pause
 from thunder_rollout.core.events import (
     BackendDown,
@@ -51,6 +60,19 @@ CONFIGS = st.builds(
         headroom_tokens=st.sampled_from([0, 50]),
     ),
     capped=st.builds(CappedConfig, max_programs=st.integers(1, 4)),
+    lease_s=st.sampled_from([None, None, 20.0]),
+    adaptive=st.builds(
+        AdaptiveConfig,
+        admit_watermark=st.sampled_from([0.6, 0.9]),
+        decay_unit_s=st.sampled_from([1.0, 20.0]),
+        prior_prefill_token_s=st.sampled_from([1e-4, 1.0]),
+        patience_s=st.sampled_from([0.0, 5.0]),
+        lookahead=st.integers(1, 8),
+        max_refill_share=st.sampled_from([0.1, 1.0]),
+        rebalance_on_update=st.booleans(),
+    ),
+    ttl=st.builds(TtlConfig, default_ttl_s=st.sampled_from([0.0, 5.0])),
+    aimd=st.builds(AimdConfig, initial_programs=st.integers(1, 4)),
     cache_aware=st.builds(
         CacheAwareConfig, balance_abs_threshold=st.integers(0, 4), max_tree_tokens=st.sampled_from([500, 10_000])
     ),
@@ -98,11 +120,17 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(program=PROGRAMS, prompt_tokens=TOKENS, sandbox=st.booleans(), family=st.none() | st.integers(0, 2))
     def ask(self, program: str, prompt_tokens: int, sandbox: bool, family: int | None) -> None:
+        """Programs of one family share the prefix of the shorter one; some are samples of one group."""
         request = f"r{len(self.shell.log)}"
         hashes = None if family is None else tuple(family * 1000 + block for block in range(prompt_tokens // 64))
         self.send(
             TurnRequested(
-                program=program, request=request, prompt_tokens=prompt_tokens, sandbox=sandbox, block_hashes=hashes
+                program=program,
+                request=request,
+                prompt_tokens=prompt_tokens,
+                sandbox=sandbox,
+                block_hashes=hashes,
+                group="g" if program < "p3" else None,
             )
         )
 
@@ -211,6 +239,28 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.shell.scheduler.handle(event, self.shell.now)
         after = (self.shell.scheduler.snapshot(), self.shell.scheduler.waiting_order(), len(state.void_grants))
         assert after == before
+
+    @invariant()
+    def the_account_of_adaptive_is_exact(self) -> None:
+        """Each backend is charged for what its programs hold, shared blocks once; counts never fall below 0."""
+        if not hasattr(self, "shell") or self.shell.config.policy != "adaptive":
+            return
+        state, ledger = self.shell.scheduler._state, self.shell.scheduler._policy._ledger
+        assert set(ledger.programs) == set(state.programs)
+        for backend in state.backends.values():
+            account = ledger.backends[backend.name]
+            accounts = [ledger.programs[name] for name in backend.programs]
+            assert account.num_bound == backend.num_bound
+            assert account.private_tokens == sum(program.private_tokens for program in accounts)
+            assert account.reserve_tokens == pytest.approx(sum(program.reserve_tokens for program in accounts))
+            assert account.clock.num_in_flight == sum(program.num_in_flight for program in backend.programs.values())
+            assert account.refill_tokens == sum(
+                run.uncached_tokens
+                for program in ledger.programs.values()
+                for run in program.runs.values()
+                if run.refill and run.backend == backend.name
+            )
+            assert ledger.demand_tokens(account) <= backend.bound_tokens + account.reserve_tokens + 64 * len(accounts)
 
     @invariant()
     def the_shell_and_the_scheduler_agree(self) -> None:

@@ -6,12 +6,14 @@ from collections.abc import Callable
 
 from thunder_rollout.core.config import SchedulerConfig
 from thunder_rollout.core.policies.adaptive.policy import AdaptivePolicy
+from thunder_rollout.core.policies.aimd import AimdPolicy
 from thunder_rollout.core.policies.base import Policy
 from thunder_rollout.core.policies.cache_aware import CacheAwarePolicy
 from thunder_rollout.core.policies.capped import CappedPolicy
 from thunder_rollout.core.policies.round_robin import RoundRobinPolicy
 from thunder_rollout.core.policies.sticky import StickyPolicy
 from thunder_rollout.core.policies.thunder import ThunderPolicy
+from thunder_rollout.core.policies.ttl import TtlPolicy
 
 _BUILDERS: dict[str, Callable[[SchedulerConfig], Policy]] = {
     "thunder": lambda config: ThunderPolicy(config.thunder),
@@ -20,6 +22,8 @@ _BUILDERS: dict[str, Callable[[SchedulerConfig], Policy]] = {
     "round_robin": lambda config: RoundRobinPolicy(),
     "cache_aware": lambda config: CacheAwarePolicy(config.cache_aware),
     "capped": lambda config: CappedPolicy(config.capped),
+    "ttl": lambda config: TtlPolicy(config.ttl),
+    "aimd": lambda config: AimdPolicy(config.aimd),
 }
 
 

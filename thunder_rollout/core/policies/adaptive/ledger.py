@@ -18,6 +18,7 @@ from thunder_rollout.core.events import (
     BackendUp,
     Event,
     FinishReason,
+    ToolStarted,
     TurnEnded,
     TurnRequested,
     WeightsUpdated,
@@ -60,8 +61,9 @@ class ProgramAccount:
     num_in_flight: int = 0
     expected_output_tokens: int | None = None
     acting_since_s: float | None = None
-    tool: str | None = None
-    num_paused: int = 0
+    tool: str | None = None  # what it acts with
+    expected_s: float | None = None  # how long that will take, if anybody said
+    last_tool: str | None = None
     group: str | None = None
     runs: dict[int, Run] = field(default_factory=dict)
 
@@ -81,6 +83,7 @@ class BackendAccount:
     odometer_tokens: float = 0.0  # ever prefilled or produced here
     mean_turn_s: float = 0.0  # of wall time
     projection: Projection | None = None
+    last_load: tuple[float, int, int] = (0.0, 0, 0)  # demand, turns in flight, refill when last looked at
 
 
 class Ledger:
@@ -92,6 +95,7 @@ class Ledger:
         self.programs: dict[str, ProgramAccount] = {}
         self.backends: dict[str, BackendAccount] = {}
         self.touched: dict[str, None] = {}
+        self.no_room_for: dict[str, None] = {}  # waiting programs that no backend had room for when all were asked
         self.growth = Growth(prior_growth=config.prior_growth)
         self.return_times = ReturnTimes(
             decay_base=config.decay_base, decay_unit_s=config.decay_unit_s, prior_weight=config.prior_returns
@@ -137,6 +141,16 @@ class Ledger:
         """The backend's own once it has seen enough, the fleet's before."""
         return backend.model if backend.model.num_turns >= self._config.min_turns else self._fleet_model
 
+    def absence_s(self, program_id: str) -> float:
+        """Expected seconds until its next request: of the tool call it is in, or of the one that comes next."""
+        program = self.programs[program_id]
+        if program.acting_since_s is None:
+            return self.return_times.of(program.last_tool).remaining_s(0.0)
+        elapsed_s = self.now - program.acting_since_s
+        if program.expected_s is not None and elapsed_s < program.expected_s:
+            return program.expected_s - elapsed_s
+        return self.return_times.of(program.tool).remaining_s(elapsed_s)
+
     def remaining_tokens(self, program_id: str, context_tokens: int) -> float:
         return self.growth.remaining_tokens(self.programs[program_id].kind, context_tokens)
 
@@ -163,13 +177,12 @@ class Ledger:
     def changed(self, program: ProgramView) -> None:
         account = self.programs[program.program_id]
         self._charge(account, -1)
+        self.no_room_for.pop(program.program_id, None)
         for grant in [grant for grant in account.runs if grant not in program.turns]:
             self._end_run(grant, account.runs.pop(grant))
         if program.status is Status.TERMINATED:
             self._forget(program.program_id, account)
             return
-        if account.backend is not None and program.backend is None:
-            account.num_paused += 1
         self._follow(program, account)
         account.backend = program.backend
         if program.program_id in self.tree:
@@ -211,12 +224,14 @@ class Ledger:
         match event:
             case TurnEnded():
                 self._learn_turn(event)
+            case ToolStarted():
+                self.programs[event.program].tool = event.tool
+                self.programs[event.program].expected_s = event.expected_s
             case BackendUp():
                 self._add_backend(event)
             case BackendDown() if self.backends[event.backend].generation == event.generation:
                 self._void_caches((event.backend,))
                 self.backends[event.backend].generation = -1
-                self.touched.pop(event.backend, None)
             case WeightsUpdated():
                 self._void_caches(event.backends)
             case _:
@@ -249,9 +264,8 @@ class Ledger:
         acting_since_s = program.acting_since_s if program.phase is Phase.ACTING else None
         if account.acting_since_s is not None and acting_since_s is None:
             self.return_times.add(account.tool, self.now - account.acting_since_s, returned=program.has_open)
-            account.tool = None
+            account.last_tool, account.tool, account.expected_s = account.tool, None, None
         account.acting_since_s = acting_since_s
-        account.tool = program.tool or account.tool
 
     def _charge(self, account: ProgramAccount, sign: int) -> None:
         if account.backend is None:
@@ -335,11 +349,12 @@ class Ledger:
         self.touched[event.backend] = None
 
     def _void_caches(self, names: tuple[str, ...]) -> None:
+        voided = set(names)
         for name in names:
             self.tree.forget_held(name)
             self.touched[name] = None
         for program in self.programs.values():
-            if program.last_backend in names:
+            if program.last_backend in voided:
                 program.settled_tokens = 0
 
     def _set_block_size(self, block_size: int) -> None:

@@ -32,6 +32,9 @@ class Ranking:
         self._ranks: dict[str, _Rank] = {}
         self._ordered: list[_Rank] = []
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._ranks
+
     def __iter__(self) -> Iterator[str]:
         return (rank[-1] for rank in self._ordered)
 
@@ -54,23 +57,30 @@ class Placer:
         self._by_load = Ranking()
         self._by_room = Ranking()
 
-    def refresh(self, view: View, name: str) -> None:
-        """The backend's demand, load or openness changed."""
+    def refresh(self, view: View, name: str) -> bool:
+        """The backend's demand, load or openness changed; returns whether there is more room."""
         backend = view.backends.get(name)
         if backend is None or backend.updating:
             self._by_load.discard(name)
             self._by_room.discard(name)
-            return
+            return False
+        is_new = name not in self._by_room
         account = self._ledger.backends[name]
         in_flight = account.clock.num_in_flight
         self._by_load.put(name, in_flight + account.num_bound, in_flight, account.num_bound)
-        self._by_room.put(name, self._ledger.demand_tokens(account) - account.capacity_tokens, in_flight, 0)
+        demand = self._ledger.demand_tokens(account)
+        self._by_room.put(name, demand - account.capacity_tokens, in_flight, 0)
+        before, account.last_load = account.last_load, (demand, in_flight, account.refill_tokens)
+        return is_new or any(now < then for now, then in zip(account.last_load, before, strict=True))
 
-    def choose(self, view: View, program: ProgramView, kept: Collection[str]) -> str | None:
-        """The backend to restore it on, not one of `kept`; None where none has room for it."""
+    def choose(
+        self, view: View, program: ProgramView, kept: Collection[str], only: Collection[str] | None
+    ) -> str | None:
+        """The backend to restore it on, one of `only` (None: any) and not of `kept`; None where none
+        has room for it."""
         best: str | None = None
         best_cost: tuple[float, int, int, str] | None = None
-        for name in self._candidates(program):
+        for name in self._candidates(program) if only is None else only:
             if name in kept or name not in view.backends or view.backends[name].updating:
                 continue
             account = self._ledger.backends[name]
@@ -86,6 +96,9 @@ class Placer:
         one with the most room."""
         names = (name for name in self._by_room if name not in kept)
         return next((name for name in names if view.backends[name].fits(program.context_tokens)), None)
+
+    def roomiest(self) -> list[str]:
+        return list(islice(self._by_room, NUM_PROBES))
 
     def has_room(self, view: View, program: ProgramView, account: BackendAccount) -> bool:
         ledger, limit = self._ledger, self._config.admit_watermark * account.capacity_tokens

@@ -28,7 +28,8 @@ from thunder_rollout.core.policies.base import BackendView, Placement, PolicyBas
 from thunder_rollout.core.program import Phase
 from thunder_rollout.core.queue import SortKey
 
-TICK_SLICE = 64  # backends re-examined by one tick
+TICK_SLICE = 32  # backends re-examined by one tick
+MAX_PLACEMENTS = 512  # programs placed, or given up for an update, by one event; the rest follow with the next
 _SHORTEST_ABSENCE_S = 1e-3
 
 
@@ -47,7 +48,8 @@ class AdaptivePolicy(PolicyBase):
         self._ledger = Ledger(config)
         self._placer = Placer(config, self._ledger)
         self._blocked: _Blocked | None = None
-        self._updating: tuple[str, ...] = ()  # backends whose programs are to be given up now
+        self._last_blocked: str | None = None  # for whom room was last looked for
+        self._updating: list[str] = []  # backends whose programs are to be given up
         self._examine: dict[str, None] = {}
         self._next_slice = 0
         self._mean_wait_s = 0.0
@@ -73,7 +75,7 @@ class AdaptivePolicy(PolicyBase):
         if isinstance(event, WeightsUpdating | WeightsUpdated):
             self._ledger.touched.update(dict.fromkeys(event.backends))
         if isinstance(event, WeightsUpdating) and self._config.rebalance_on_update:
-            self._updating = event.backends
+            self._updating += event.backends
 
     def reordered(self) -> Collection[str]:
         names, self._ledger.groups.reordered = self._ledger.groups.reordered, []
@@ -87,52 +89,79 @@ class AdaptivePolicy(PolicyBase):
 
     def restores(self, view: View, now: float, *, tick: bool) -> Iterator[Placement]:
         self._blocked = None
-        self._refresh(view)
+        roomier = self._refresh(view)
+        if tick:
+            self._ledger.no_room_for.clear()
+        num_placed = 0
+        while num_placed < MAX_PLACEMENTS and (chosen := self._first_placed(view, now, roomier)) is not None:
+            num_placed += 1
+            yield chosen
+            roomier |= self._refresh(view)
+
+    def releases(self, view: View, now: float, *, tick: bool) -> Iterator[str]:
+        yield from self._give_up_places(view)
+        for name in self._to_examine(view, tick=tick):
+            backend, account = view.backends[name], self._ledger.backends[name]
+            yield from self._overflow(backend, account)
+            if self._blocked is not None:
+                released = self._not_worth_holding(backend, account)
+                yield from released
+                if released:
+                    return
+
+    # Inside
+
+    def _first_placed(self, view: View, now: float, roomier: set[str]) -> Placement | None:
+        """The first of the `lookahead` waiting programs that has a place. One that found none before is
+        tried again only where there is more room since."""
         if not view.num_waiting_pending:
-            return
+            return None
         kept: set[str] = set()
-        for program in list(islice(view.waiting(now), self._config.lookahead)):
+        no_room_for = self._ledger.no_room_for
+        self._blocked = None
+        for program in islice(view.waiting(now), self._config.lookahead):
             if not program.pending:
-                return
+                return None
+            only = roomier if program.program_id in no_room_for else None
+            name = self._placer.choose(view, program, kept, only)
             since_s = min(pending.since_s for pending in program.pending.values())
-            name = self._placer.choose(view, program, kept)
             if name is not None:
                 self._mean_wait_s += (now - since_s - self._mean_wait_s) / 20
-                yield Placement(program.program_id, name)
-                self._refresh(view)
-                continue
+                return Placement(program.program_id, name)
+            no_room_for[program.program_id] = None
             if self._blocked is None:
                 self._blocked = _Blocked(program.program_id, program.context_tokens, program.arrived_s)
             if now - since_s >= self._config.patience_s:
                 keep = self._placer.keep(view, program, kept)
                 if keep is not None:
                     kept.add(keep)
+        return None
 
-    def releases(self, view: View, now: float, *, tick: bool) -> Iterator[str]:
-        updating, self._updating = self._updating, ()
-        for name in updating:
-            if name in view.backends:
-                yield from [p.program_id for p in view.backends[name].programs.values() if not p.marked]
-        for name in self._to_examine(view, tick=tick):
-            backend, account = view.backends[name], self._ledger.backends[name]
-            yield from self._overflow(backend, account, now)
-            if self._blocked is not None:
-                yielded = list(self._not_worth_holding(backend, account, now))
-                yield from yielded
-                if yielded:
-                    return
+    def _give_up_places(self, view: View) -> list[str]:
+        """Programs of backends that update their weights, some with each event."""
+        names: list[str] = []
+        while self._updating and len(names) < MAX_PLACEMENTS:
+            backend = view.backends.get(self._updating[-1])
+            self._updating.pop()
+            if backend is not None and backend.updating:
+                names += [program.program_id for program in backend.programs.values() if not program.marked]
+        return names
 
-    # Inside
-
-    def _refresh(self, view: View) -> None:
-        for name in self._ledger.touched:
-            self._placer.refresh(view, name)
-        self._examine.update(self._ledger.touched)
-        self._ledger.touched.clear()
+    def _refresh(self, view: View) -> set[str]:
+        """Rank what was touched anew; returns the backends with more room than when last looked at."""
+        touched = self._ledger.touched
+        roomier = {name for name in touched if self._placer.refresh(view, name)}
+        self._examine.update(touched)
+        touched.clear()
+        return roomier
 
     def _to_examine(self, view: View, *, tick: bool) -> list[str]:
         self._refresh(view)
         names, self._examine = self._examine, {}
+        blocked = self._blocked.program if self._blocked is not None else None
+        if blocked != self._last_blocked:
+            names.update(dict.fromkeys(self._placer.roomiest()))
+        self._last_blocked = blocked
         if tick:
             every = list(view.backends)
             start = self._next_slice if self._next_slice < len(every) else 0
@@ -140,7 +169,7 @@ class AdaptivePolicy(PolicyBase):
             self._next_slice = start + TICK_SLICE
         return [name for name in names if name in view.backends]
 
-    def _overflow(self, backend: BackendView, account: BackendAccount, now: float) -> list[str]:
+    def _overflow(self, backend: BackendView, account: BackendAccount) -> list[str]:
         ledger = self._ledger
         limit = self._config.high_watermark * account.capacity_tokens
         need = ledger.demand_tokens(account) - limit
@@ -148,38 +177,38 @@ class AdaptivePolicy(PolicyBase):
             return []
         need -= sum(ledger.freed_tokens(p.program_id) for p in backend.programs.values() if p.marked)
         programs = [program for program in backend.programs.values() if not program.marked]
-        items = [self._item(program, account, now) for program in programs]
+        items = [self._item(program, account) for program in programs]
         price = min((item.waste / item.tokens for item in items if item.tokens > 0), default=0.0)
         return [programs[index].program_id for index in choose(items, need, overshoot_price=price)]
 
-    def _not_worth_holding(self, backend: BackendView, account: BackendAccount, now: float) -> list[str]:
+    def _not_worth_holding(self, backend: BackendView, account: BackendAccount) -> list[str]:
         blocked = self._blocked
         assert blocked is not None
         if backend.updating or not backend.fits(blocked.context_tokens):
             return []
         programs, items = [], []
         for program in backend.programs.values():
-            if program.phase is Phase.ACTING and self._is_waste(program, backend, account, now):
+            if program.phase is Phase.ACTING and self._is_waste(program, backend, account):
                 programs.append(program)
-                items.append(self._item(program, account, now))
+                items.append(self._item(program, account))
         limit = self._config.admit_watermark * account.capacity_tokens
         need = self._ledger.demand_tokens(account) + blocked.context_tokens - limit
         if need <= 0 or sum(item.tokens for item in items) < need:
             return []
         return [programs[index].program_id for index in choose(items, need)]
 
-    def _is_waste(self, program: ProgramView, backend: BackendView, account: BackendAccount, now: float) -> bool:
+    def _is_waste(self, program: ProgramView, backend: BackendView, account: BackendAccount) -> bool:
         """Whether holding it until it is back is expected to cost more than computing it again."""
         tokens = self._ledger.freed_tokens(program.program_id)
-        caching = tokens * self._absence_s(program, now)
+        caching = tokens * self._ledger.absence_s(program.program_id)
         recompute_s = self._ledger.model(account).prefill_s(tokens, program.context_tokens)
         return caching > recompute_s * (program.context_tokens + backend.reasoning_tokens)
 
-    def _item(self, program: ProgramView, account: BackendAccount, now: float) -> Item:
+    def _item(self, program: ProgramView, account: BackendAccount) -> Item:
         """Seconds to compute it again, weighted by how soon it is back and how complete its group is."""
         ledger = self._ledger
         tokens = ledger.freed_tokens(program.program_id)
-        absence_s = self._absence_s(program, now)
+        absence_s = ledger.absence_s(program.program_id)
         blocked = self._blocked
         if blocked is not None and program.arrived_s >= blocked.arrived_s:
             absence_s += self._mean_wait_s
@@ -187,11 +216,3 @@ class AdaptivePolicy(PolicyBase):
         complete = 1.0 + ledger.groups.complete_share(program.group)
         waste = ledger.model(account).prefill_s(tokens, program.context_tokens) * soon * complete
         return Item(tokens=tokens, waste=waste)
-
-    def _absence_s(self, program: ProgramView, now: float) -> float:
-        """Expected seconds without it: to the end of its tool call, or of the one that comes next."""
-        account = self._ledger.programs[program.program_id]
-        elapsed_s = 0.0
-        if program.phase is Phase.ACTING and program.acting_since_s is not None:
-            elapsed_s = now - program.acting_since_s
-        return self._ledger.return_times.of(program.tool or account.tool).remaining_s(elapsed_s)

@@ -1,0 +1,149 @@
+"""What `adaptive` learns: return times, prefill seconds, growth, groups."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from thunder_rollout.core.policies.adaptive import groups
+from thunder_rollout.core.policies.adaptive.groups import Groups
+from thunder_rollout.core.policies.adaptive.growth import Growth, Projection
+from thunder_rollout.core.policies.adaptive.prefill_model import PrefillModel, ServiceClock
+from thunder_rollout.core.policies.adaptive.return_times import ReturnTimes, Survival
+
+
+def times(**prior: float) -> ReturnTimes:
+    return ReturnTimes(**{"decay_base": 2.0, "decay_unit_s": 1.0, "prior_weight": 1.0, **prior})
+
+
+@pytest.mark.parametrize("elapsed_s", [0.0, 0.3, 7.0, 1e7])
+def test_without_data_it_is_the_papers_decay(elapsed_s: float) -> None:
+    tool = times().of("bash")
+    assert tool.remaining_s(elapsed_s) == pytest.approx(1 / math.log(2), rel=1e-6)
+    assert tool.survival(min(elapsed_s, 20.0)) == pytest.approx(2 ** -min(elapsed_s, 20.0))
+
+
+def test_a_heavy_tail_is_expected_longer_the_longer_it_lasted() -> None:
+    rng = random.Random(0)
+    known = times()
+    samples = [rng.lognormvariate(0, 2) for _ in range(3000)]
+    for acted_s in samples:
+        known.add("web", acted_s, returned=True)
+    tool = known.of("web")
+    for elapsed_s in (0.0, 1.0, 10.0):
+        left = [acted_s - elapsed_s for acted_s in samples if acted_s > elapsed_s]
+        assert tool.remaining_s(elapsed_s) == pytest.approx(statistics.fmean(left), rel=0.35)
+        assert tool.survival(elapsed_s) == pytest.approx(len(left) / len(samples), abs=0.05)
+    assert tool.remaining_s(10.0) > tool.remaining_s(1.0) > tool.remaining_s(0.0)
+
+
+def test_censored_programs_count_for_the_seconds_they_were_seen() -> None:
+    rng = random.Random(1)
+    naive, known = Survival(1.0, 1.0), Survival(1.0, 1.0)
+    for _ in range(2000):
+        acted_s, cut_s = rng.expovariate(1 / 10), rng.expovariate(1 / 10)
+        known.add(min(acted_s, cut_s), returned=acted_s <= cut_s)
+        if acted_s <= cut_s:
+            naive.add(acted_s, returned=True)
+    assert known.remaining_s(0.0) == pytest.approx(10.0, rel=0.15)
+    assert naive.remaining_s(0.0) < 7.0
+
+
+def test_a_new_tool_borrows_from_the_others() -> None:
+    known = times()
+    for _ in range(50):
+        known.add("bash", 0.1, returned=True)
+    assert known.of("never seen").remaining_s(0.0) == pytest.approx(0.1, rel=0.5)
+    known.add("slow", 30.0, returned=True)
+    assert known.of("slow").remaining_s(0.0) > known.of("bash").remaining_s(0.0)
+
+
+def test_prefill_seconds_are_found_again() -> None:
+    rng = random.Random(2)
+    model = PrefillModel(prior_token_s=1e-4, forgetting=0.995)
+    assert model.prefill_s(1000, 2000) == pytest.approx(0.1)
+    for _ in range(500):
+        uncached, output, beside = rng.choice([200, 400, 3000]), rng.randrange(20, 200), rng.randrange(1, 9)
+        prompt = uncached + rng.randrange(4000)
+        duration_s = 0.05 + 2e-5 * uncached + 1e-8 * uncached * prompt + 1e-3 * output * beside
+        model.add(
+            uncached_tokens=uncached,
+            prompt_tokens=prompt,
+            output_tokens=output,
+            duration_s=duration_s * rng.uniform(0.9, 1.1),
+            service_s=duration_s / beside,
+        )
+    assert model.prefill_s(3000, 4000) == pytest.approx(2e-5 * 3000 + 1e-8 * 3000 * 4000, rel=0.3)
+    assert model.prefill_s(0, 4000) == 0
+
+
+def test_prefill_is_never_for_free() -> None:
+    model = PrefillModel(prior_token_s=1e-4, forgetting=1.0)
+    for uncached in (100, 1000, 5000) * 5:
+        model.add(
+            uncached_tokens=uncached, prompt_tokens=uncached, output_tokens=10, duration_s=1 / uncached, service_s=0.0
+        )
+    assert model.prefill_s(1000, 1000) > 0
+
+
+def test_a_turn_is_served_its_even_share() -> None:
+    clock = ServiceClock()
+    clock.num_in_flight = 2
+    clock.advance(4.0)
+    clock.num_in_flight = 1
+    clock.advance(5.0)
+    clock.num_in_flight = 0
+    clock.advance(6.0)
+    assert clock.served_s == 2.0 + 1.0 + 1.0
+
+
+def test_contexts_are_expected_to_end_where_their_kind_did() -> None:
+    growth = Growth(prior_growth=0.5)
+    assert growth.remaining_tokens("swe", 1000) == 500
+    for final in (1000, 2000, 6000):
+        growth.add_end("swe", final)
+    growth.add_turn("swe", 70)
+    assert growth.remaining_tokens("swe", 500) == 2500
+    assert growth.remaining_tokens("swe", 1500) == 2500
+    assert growth.remaining_tokens("swe", 9000) == 70
+    assert growth.remaining_tokens("other", 1000) == 500
+    assert growth.output_tokens("other") == 70
+
+
+def test_only_recent_ends_are_remembered() -> None:
+    growth = Growth(prior_growth=0.5)
+    for final in (*range(100, 400), *[5000] * 256):
+        growth.add_end(None, final)
+    assert growth.remaining_tokens(None, 100) == 4900
+
+
+PROGRAMS = st.lists(st.tuples(st.integers(1, 1000), st.integers(0, 1000)), max_size=8)
+
+
+@given(programs=PROGRAMS, joining=st.tuples(st.integers(1, 1000), st.integers(0, 1000)))
+def test_the_projected_peak_is_that_of_all_growing_at_one_pace(
+    programs: list[tuple[int, int]], joining: tuple[int, int]
+) -> None:
+    everyone = [*programs, joining]
+    moments = [0, *(remaining for _, remaining in everyone)]
+    peak = max(sum(c + at for c, remaining in everyone if remaining >= at) for at in moments)
+    assert Projection(programs).peak_tokens(*joining) == peak
+
+
+def test_a_group_is_as_complete_as_its_ended_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = Groups()
+    for name in "abc":
+        known.join("g", name)
+    known.leave("g", "a")
+    assert known.complete_share("g") == pytest.approx(1 / 3)
+    assert set(known.reordered) == {"a", "b", "c"}
+    assert known.complete_share(None) == known.complete_share("other") == 0.0
+    monkeypatch.setattr(groups, "MAX_GROUPS", 1)
+    known.join("h", "d")
+    known.leave("g", "b")
+    assert known.complete_share("g") == 0.0
