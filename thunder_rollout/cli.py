@@ -39,48 +39,47 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _rollout() -> int:
-    from thunder_rollout.config import RolloutConfig, conf_dir, to_typed
+    from thunder_rollout.config import RolloutConfig
     from thunder_rollout.runtime.driver import prepare, run_rollout
     from thunder_rollout.runtime.store import choose_run
 
-    def task(raw: DictConfig) -> int:
-        config = to_typed(RolloutConfig, raw)
-        tasks = prepare(config)
+    def task(config: RolloutConfig, raw: DictConfig) -> int:
+        config, tasks = prepare(config)
+        raw.engine.model = config.engine.model  # a link may point elsewhere when the run is resumed
         store = choose_run(Path(config.runs_dir), config.name, OmegaConf.to_yaml(raw, resolve=True))
         settings: Any = OmegaConf.to_container(raw, resolve=True)
         try:
             summary = asyncio.run(_until_signal(run_rollout(config, tasks, store, settings)))
+        except asyncio.CancelledError:
+            print("stopped; the same command goes on where it stopped", file=sys.stderr)
+            raise
         finally:
             store.close()
         _print_summary(summary, store.folder)
         return 0 if summary["complete"] else 1
 
-    return _hydra_main("rollout", conf_dir(), task)
+    return _hydra_main("rollout", RolloutConfig, task)
 
 
 def _bench() -> int:
     from thunder_rollout.bench.config import BenchConfig
     from thunder_rollout.bench.live import print_table, run_bench
-    from thunder_rollout.config import conf_dir, to_typed
 
-    def task(raw: DictConfig) -> int:
-        config = to_typed(BenchConfig, raw)
+    def task(config: BenchConfig, raw: DictConfig) -> int:
         print_table(asyncio.run(_until_signal(run_bench(config))))
         return 0
 
-    return _hydra_main("bench", conf_dir(), task)
+    return _hydra_main("bench", BenchConfig, task)
 
 
 def _simulate() -> int:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from thunder_rollout.config import conf_dir, to_typed
     from thunder_rollout.sim.config import SimulateConfig
     from thunder_rollout.sim.report import simulate
 
-    def task(raw: DictConfig) -> int:
-        config = to_typed(SimulateConfig, raw)
+    def task(config: SimulateConfig, raw: DictConfig) -> int:
         job = HydraConfig.get()
         folder = Path(config.out_dir)
         if job.mode is RunMode.MULTIRUN:
@@ -89,47 +88,46 @@ def _simulate() -> int:
         print(f"written: {folder}")
         return 0
 
-    return _hydra_main("simulate", conf_dir(), task)
+    return _hydra_main("simulate", SimulateConfig, task)
 
 
 def _calibrate() -> int:
-    from thunder_rollout.config import conf_dir, to_typed
     from thunder_rollout.sim.calibrate import run_calibration
     from thunder_rollout.sim.config import CalibrateConfig
 
-    def task(raw: DictConfig) -> int:
-        config = to_typed(CalibrateConfig, raw)
+    def task(config: CalibrateConfig, raw: DictConfig) -> int:
         print(asyncio.run(_until_signal(run_calibration(config))))
         return 0
 
-    return _hydra_main("calibrate", conf_dir(), task)
+    return _hydra_main("calibrate", CalibrateConfig, task)
 
 
-def _hydra_main(name: str, conf: Path, task: Callable[[DictConfig], int]) -> int:
-    """Run `task` under hydra (overrides, --multirun, --cfg job), our errors as plain messages."""
-    from thunder_rollout.config import compose_config
+def _hydra_main(name: str, cls: type[T], task: Callable[[T, DictConfig], int]) -> int:
+    """Run `task` on `conf/<name>.yaml` under hydra (overrides, --multirun, --cfg job), with our errors as
+    plain messages. Returns the worst exit code of the jobs; Ctrl-C ends them all."""
+    from thunder_rollout.config import compose_config, conf_dir, to_typed, with_known_fields
 
-    worst = 0
-    overrides = sys.argv[1:]
+    overrides = with_known_fields(cls, sys.argv[1:])
+    sys.argv[1:] = overrides
     if not any(argument.startswith("-") for argument in overrides):  # hydra's own flags are hydra's to judge
         try:
             compose_config(name, overrides)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
+    worst = 0
 
     def guarded(raw: DictConfig) -> None:
         nonlocal worst
         try:
-            worst = max(worst, task(raw))
+            worst = max(worst, task(to_typed(cls, raw), raw))
         except ThunderError as error:
             print(f"error: {error}", file=sys.stderr)
             worst = max(worst, 2 if isinstance(error, UserError) else 1)
         except asyncio.CancelledError:
-            print("stopped; the same command goes on where it stopped", file=sys.stderr)
-            worst = _STOPPED
+            sys.exit(_STOPPED)
 
-    hydra.main(version_base="1.3", config_path=str(conf.resolve()), config_name=name)(guarded)()
+    hydra.main(version_base="1.3", config_path=str(conf_dir().resolve()), config_name=name)(guarded)()
     return worst
 
 

@@ -7,10 +7,11 @@ impossible value) is a `ConfigError` that names the field and the remedy.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
@@ -27,8 +28,12 @@ from thunder_rollout.observe.config import ObserveConfig
 from thunder_rollout.runtime.config import RayConfig, RolloutSettings
 from thunder_rollout.sandbox.config import SandboxConfig
 from thunder_rollout.tasks.config import TaskConfig
+from thunder_rollout.tasks.grading import GradingConfig
 
 T = TypeVar("T")
+
+_RUN_NAME = re.compile(r"[\w-][\w.-]*")
+_RESERVED_NAMES = ("latest", "bench", "simulate")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,13 +47,21 @@ class RolloutConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
     agent: AgentConfig = field(default_factory=AgentConfig)
+    grading: GradingConfig = field(default_factory=GradingConfig)
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     observe: ObserveConfig = field(default_factory=ObserveConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 
     def __post_init__(self) -> None:
-        if self.name is not None and (not self.name or "/" in self.name or self.name.startswith(".")):
-            raise ConfigError(f"name={self.name!r}: must be a folder name without a slash")
+        if self.name is not None and not _RUN_NAME.fullmatch(self.name):
+            raise ConfigError(f"name={self.name!r}: must be letters, digits, '.', '_' or '-', and not begin with '.'")
+        if self.name in _RESERVED_NAMES:
+            raise ConfigError(f"name={self.name!r}: {self.runs_dir}/{self.name} has another meaning; choose another")
+        if self.sandbox.limits.ttl_s <= self.agent.max_episode_s:
+            raise ConfigError(
+                f"sandbox.limits.ttl_s={self.sandbox.limits.ttl_s:g}: must be above agent.max_episode_s="
+                f"{self.agent.max_episode_s:g}, or sandboxes end before their episodes"
+            )
 
 
 def conf_dir() -> Path:
@@ -75,6 +88,23 @@ def compose_config(name: str, overrides: list[str]) -> DictConfig:
                 there = compose(name, [])
                 raise _no_such_field(parent, key, OmegaConf.select(there, parent) if parent else there) from None
             raise ConfigError(str(error)) from None
+
+
+def with_known_fields(cls: Any, overrides: list[str]) -> list[str]:
+    """hydra takes `a.b=c` only for fields that some YAML names; here every field of `cls` will do."""
+    return [f"++{override}" if _is_field(cls, override.partition("=")[0]) else override for override in overrides]
+
+
+def _is_field(cls: Any, path: str) -> bool:
+    """Whether the dotted `path` is a setting of `cls` below its first level (where groups live)."""
+    head, dot, rest = path.partition(".")
+    kind = get_type_hints(cls).get(head) if is_dataclass(cls) else None
+    while dot and is_dataclass(kind):
+        head, dot, rest = rest.partition(".")
+        kind = get_type_hints(kind).get(head)
+        if kind is not None and not dot:
+            return True
+    return bool(dot) and get_origin(kind) is dict
 
 
 def to_typed(cls: type[T], config: DictConfig) -> T:

@@ -51,6 +51,12 @@ class EngineDied(InfrastructureFailure):
     kind = "engine_died"
 
 
+class EngineFailed(InfrastructureFailure):
+    """A living engine could not finish one turn."""
+
+    kind = "engine_failed"
+
+
 class SandboxFailed(InfrastructureFailure):
     """A sandbox could not start, or died under its program."""
 

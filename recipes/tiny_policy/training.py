@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from settings import ModelSettings, Settings, TrainSettings
-from tokenizer import PHRASES, learn_tokenizer
+from tokenizer import learn_tokenizer
 from torch.nn import functional
 from transcripts import TokenisedTranscript, tokenise, transcript_texts, transcripts
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from thunder_rollout.agent.chat import ChatFormat
 from thunder_rollout.agent.config import SYSTEM_PROMPT
@@ -31,7 +31,7 @@ def build_policy(settings: Settings, folder: Path, log: Callable[[str], None]) -
     """Learn tokenizer and model and save them in `folder` as Hugging Face does."""
     started = time.monotonic()
     torch.manual_seed(settings.seed)
-    tokenizer = _learn_tokenizer(settings)
+    tokenizer = _learn_tokenizer(settings, folder)
     model = Qwen2ForCausalLM(_model_config(settings.model, tokenizer))
     log(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens; making transcripts")
     data = _training_data(settings, tokenizer)
@@ -42,19 +42,18 @@ def build_policy(settings: Settings, folder: Path, log: Callable[[str], None]) -
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True
     )
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     log(f"built in {time.monotonic() - started:.0f} s")
 
 
-def _learn_tokenizer(settings: Settings) -> PreTrainedTokenizerFast:
+def _learn_tokenizer(settings: Settings, folder: Path) -> Qwen2Tokenizer:
     corpus = transcripts(
         f"tokenizer:{settings.seed}", settings.difficulty, settings.tokenizer.num_transcripts, mistake_share=0.0
     )
     texts = chain.from_iterable(transcript_texts(transcript) for transcript in corpus)
-    return learn_tokenizer(texts, settings.tokenizer.vocab_size, phrases=(*_SENTENCE.findall(SYSTEM_PROMPT), *PHRASES))
+    return learn_tokenizer(texts, settings.tokenizer.vocab_size, _SENTENCE.findall(SYSTEM_PROMPT), folder)
 
 
-def _model_config(model: ModelSettings, tokenizer: PreTrainedTokenizerFast) -> Qwen2Config:
+def _model_config(model: ModelSettings, tokenizer: Qwen2Tokenizer) -> Qwen2Config:
     return Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=model.hidden_size,
@@ -72,7 +71,7 @@ def _model_config(model: ModelSettings, tokenizer: PreTrainedTokenizerFast) -> Q
     )
 
 
-def _training_data(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> list[TokenisedTranscript]:
+def _training_data(settings: Settings, tokenizer: Qwen2Tokenizer) -> list[TokenisedTranscript]:
     train, chat = settings.train, ChatFormat(tokenizer)
     count = train.num_steps * train.batch_transcripts
     made = transcripts(f"train:{settings.seed}", settings.difficulty, count, train.mistake_share)
@@ -111,7 +110,7 @@ def _train(
     model.train()
     for step, (ids, learn) in enumerate(batches, 1):
         loss = _loss(model, ids, learn)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -57,9 +57,14 @@ def test_a_run_leaves_a_whole_run_folder(args, tmp_path):
     scheduler = Scheduler(load_rollout_config(["engine.model=any"]).scheduler)
     assert [scheduler.handle(event, now) for now, event, _ in entries] == [decisions for _, _, decisions in entries]
 
-    code, output = cli.run(tmp_path, *args, "name=" + folder.resolve().name)
-    assert code == 2, "a name with another configuration is refused"
-    assert "another configuration" in output
+    name = "name=" + folder.resolve().name
+    code, output = cli.run(tmp_path, *args, name, "task.seed=5")
+    assert code == 2, "a folder of other samples is refused"
+    assert "another task" in output
+    before = cli.summary(folder)
+    code, output = cli.run(tmp_path, *args, name)
+    assert code == 0, output
+    assert cli.summary(folder) == before, "nothing to do changes nothing"
 
 
 def test_a_killed_run_goes_on_without_redoing_or_losing_a_sample(args, tmp_path):
@@ -100,3 +105,16 @@ def test_more_gpus_than_the_cluster_has_is_refused_by_name(args, tmp_path):
     assert code == 2, output
     assert "engine.num_gpus" in output
     assert "Traceback" not in output
+
+
+def test_a_worker_that_dies_is_replaced_and_no_sample_is_lost(args, tmp_path):
+    only_worker = [*args, "rollout.num_workers=1", "rollout.concurrency=2", "agent.max_turns=6"]
+    process = cli.start(tmp_path, *only_worker)
+    latest = tmp_path / "runs" / "latest"
+    cli.wait_for_samples(latest, 1, process)
+    assert cli.kill_actors(process, "WorkerActor") == 1
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert "died; its samples start again" in output
+    assert cli.summary(latest)["num_samples"] == 6
+    cli.check_agreement(latest)

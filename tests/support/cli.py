@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pyarrow.parquet as pq
 
 
@@ -67,3 +68,11 @@ def check_agreement(run_dir: Path) -> None:
         for turn in row["turns"]:
             assert turn["prompt_tokens"] == len(row["prompt_ids"]) + turn["start"]
         assert row["reward"] == float(row["resolved"])
+
+
+def kill_actors(driver: subprocess.Popen[str], cls: str) -> int:
+    """`kill -9` every Ray actor of class `cls` below `driver`; how many there were."""
+    actors = [p for p in psutil.Process(driver.pid).children(recursive=True) if p.name().startswith(f"ray::{cls}"[:15])]
+    for actor in actors:
+        actor.kill()
+    return len(actors)

@@ -24,7 +24,7 @@ def refused(capfd, monkeypatch, tmp_path):
         with pytest.raises(SystemExit) as ended:
             main(list(args))
         said = capfd.readouterr()
-        assert ended.value.code not in (0, None)
+        assert ended.value.code == 2
         assert "Traceback" not in said.err + said.out
         return said.err + said.out
 
@@ -56,7 +56,7 @@ def test_a_misspelt_override_is_named(refused):
 def test_a_misspelt_group_option_is_named_with_the_choices(refused):
     said = refused("rollout", "scheduler=thunderr")
     assert "thunderr" in said
-    assert "thunder" in said
+    assert "sticky" in said
 
 
 def test_a_wrong_type_is_named(refused):
@@ -103,6 +103,16 @@ def test_an_unknown_policy_is_refused_with_the_choices(refused, model):
     said = refused("rollout", f"engine.model={model}", "scheduler.policy=fifo")
     assert "scheduler.policy" in said
     assert "sticky" in said
+
+
+def test_a_field_that_no_yaml_names_can_be_set_all_the_same(refused, model):
+    assert "sandbox.limits.ttl_s" in refused("rollout", f"engine.model={model}", "sandbox.limits.ttl_s=10")
+    assert "scheduler.capped.max_programs=0" in refused("rollout", "scheduler.capped.max_programs=0")
+
+
+@pytest.mark.parametrize("name", ["latest", "a/b", ".x", "a:b"])
+def test_a_run_name_that_cannot_be_a_folder_is_refused(refused, name):
+    assert "name=" in refused("rollout", f"name='{name}'")
 
 
 def test_a_benchmark_of_no_policy_is_refused(refused):

@@ -34,7 +34,8 @@ class ChatFormat:
         if not found:
             raise ConfigError("engine.model: its chat template doesn't keep user and assistant turns in order")
         self.end_id = self._encode(self._turn_end)[0]
-        self._special = sorted(set(tokenizer.all_special_tokens), key=len, reverse=True)
+        control = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self._special = sorted({*tokenizer.all_special_tokens, *control}, key=len, reverse=True)
 
     def initial_ids(self, system: str, user: str) -> list[int]:
         """The first prompt: system and user message, ready for the assistant to speak."""

@@ -7,7 +7,6 @@ which retries the episode.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -45,29 +44,26 @@ class AgentLoop:
     """Runs one episode.
 
     `max_model_len` is the engine's; of `sampling`, `max_tokens` and `stop_token_ids` are set here.
-    `on_turn` hears of every finished turn (progress, metrics).
+    `on_turn` hears of every finished turn.
     """
 
     chat: ChatFormat
     config: AgentConfig
     sampling: Sampling
     max_model_len: int
-    clock: Callable[[], float] = time.monotonic
     on_turn: Callable[[TurnRecord], None] = lambda record: None
 
     async def run(self, prompt: str, model: ModelClient, sandbox: Sandbox) -> Trajectory:
         """Play one episode on `prompt`; raises only `InfrastructureFailure` and our own bugs."""
         trajectory = Trajectory(prompt_ids=self.chat.initial_ids(self.config.system_prompt, prompt))
-        started, queued_s = self.clock(), 0.0
         while len(trajectory.turns) < self.config.max_turns:
             budget = self._turn_budget(trajectory)
             if budget < 1:
                 return self._end(trajectory, EndReason.MAX_TOKENS)
-            if self.clock() - started - queued_s > self.config.max_episode_s:
+            if sum(turn.engine_s + turn.tool_s for turn in trajectory.turns) > self.config.max_episode_s:
                 return self._end(trajectory, EndReason.MAX_TIME)
             sampling = replace(self.sampling, max_tokens=budget, stop_token_ids=(self.chat.end_id,))
             result = await model.turn(trajectory.context_ids, sampling)
-            queued_s += result.queue_s
             if await self._act(trajectory, result, model, sandbox):
                 return self._end(trajectory, EndReason.SUBMITTED)
         return self._end(trajectory, EndReason.MAX_TURNS)
@@ -84,14 +80,13 @@ class AgentLoop:
             self._finish_turn(trajectory, replace(record, command=action.command))
             return True
         else:
-            tool_started = self.clock()
             await model.tool_started("bash")
             executed = await sandbox.exec(action.command, timeout_s=self.config.exec_timeout_s)
             await model.tool_ended()
             observation = format_observation(executed)
             record = replace(
                 record,
-                tool_s=self.clock() - tool_started,
+                tool_s=executed.took_s,
                 command=action.command,
                 exit_code=executed.exit_code,
             )

@@ -22,7 +22,8 @@ class EndReason(StrEnum):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnRecord:
     """One reasoning + acting period. `start` is its first generated id's place in
-    `response_ids`; times are seconds; `queue_s` is spent waiting for the scheduler."""
+    `response_ids`; times are seconds: `queue_s` waiting for the scheduler, `engine_s` in the engine
+    (its own queue included), `tool_s` in the command."""
 
     start: int
     prompt_tokens: int

@@ -53,8 +53,8 @@ class BenchConfig:
     extra_loads: list[float] = field(default_factory=lambda: [4.0])
     seeds: list[int] = field(default_factory=lambda: [0])
     cap_shares: list[float] = field(default_factory=lambda: [0.4, 0.55, 0.7, 0.9])
-    warmup_s: float = 25.0
-    measure_s: float = 35.0
+    warmup_s: float = 20.0
+    measure_s: float = 30.0
 
     def __post_init__(self) -> None:
         for policy in self.policies + self.extra_policies:

@@ -45,7 +45,10 @@ async def run_bench(config: BenchConfig) -> list[CellResult]:
     with tempfile.TemporaryDirectory(prefix="thunder-bench-") as scratch:
         model = await asyncio.to_thread(write_preset, config.model, Path(scratch) / config.model)
         engine = replace(config.engine, model=str(model.path))
-        handles = [create_engine_actor(engine, name=f"bench/engine{i}") for i in range(config.num_engines)]
+        handles = [
+            create_engine_actor(replace(engine, seed=engine.seed + i), name=f"bench/engine{i}")
+            for i in range(config.num_engines)
+        ]
         bench = _Bench(config, {f"engine{i}": RemoteEngine(h) for i, h in enumerate(handles)}, model.vocab_size)
         try:
             return await bench.run(folder / "bench.json")
@@ -91,7 +94,7 @@ class _Bench:
         config = self.config
         scheduler_config = self._scheduler_config(policy, max_programs)
         await asyncio.gather(*(engine.reset_prefix_cache() for engine in self.engines.values()))
-        handle = create_scheduler_actor(scheduler_config, trace_path=None, host=None)
+        handle = create_scheduler_actor(scheduler_config, trace_path=None, hosts=[])
         scheduler = RemoteScheduler(handle)
         await scheduler.start()
         for name, info in self._infos.items():

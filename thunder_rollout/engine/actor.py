@@ -56,7 +56,7 @@ def create_engine_actor(
     """
     options: dict[str, Any] = {
         "num_cpus": config.num_cpus,
-        "num_gpus": config.num_gpus,
+        "num_gpus": config.gpus,
         "max_concurrency": MAX_CONCURRENCY,
         "runtime_env": {"env_vars": config.environment()},
     }

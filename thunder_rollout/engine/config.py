@@ -50,7 +50,7 @@ class EngineConfig:
     logprobs_mode: str = "raw_logprobs"
     seed: int = 0
     num_cpus: float = 1.0
-    num_gpus: float = 0.0
+    num_gpus: float | None = None  # null: one for each tensor and pipeline parallel rank, 0 on the CPU
     omp_threads: int = 1
     startup_timeout_s: float = 600.0
     log_level: str = "WARNING"
@@ -82,9 +82,16 @@ class EngineConfig:
     def num_kv_blocks(self) -> int | None:
         return None if self.kv_cache_tokens is None else self.kv_cache_tokens // self.block_size
 
+    @property
+    def gpus(self) -> float:
+        """GPUs of one engine."""
+        if self.num_gpus is not None:
+            return self.num_gpus
+        return 0.0 if self.device == "cpu" else float(self.tensor_parallel_size * self.pipeline_parallel_size)
+
     def resources(self) -> dict[str, float]:
         """What Ray reserves for one engine: the bundle of its placement group."""
-        wanted = {"CPU": self.num_cpus, "GPU": self.num_gpus}
+        wanted = {"CPU": self.num_cpus, "GPU": self.gpus}
         return {name: amount for name, amount in wanted.items() if amount > 0}
 
     def environment(self) -> dict[str, str]:
@@ -118,12 +125,12 @@ class EngineConfig:
     def _check_gpus(self) -> None:
         size = self.tensor_parallel_size * self.pipeline_parallel_size
         if self.device == "cpu":
-            _require(self.num_gpus == 0, "num_gpus", self.num_gpus, "0 where engine.device=cpu")
+            _require(self.gpus == 0, "num_gpus", self.num_gpus, "0 or null where engine.device=cpu")
         elif size == 1:
-            _require(0 < self.num_gpus <= 1, "num_gpus", self.num_gpus, "in (0, 1] for an engine on one GPU")
+            _require(0 < self.gpus <= 1, "num_gpus", self.num_gpus, "in (0, 1] for an engine on one GPU")
         else:
-            rule = f"{size}: engine.tensor_parallel_size x engine.pipeline_parallel_size"
-            _require(self.num_gpus == size, "num_gpus", self.num_gpus, rule)
+            rule = f"null, or {size}: engine.tensor_parallel_size x engine.pipeline_parallel_size"
+            _require(self.gpus == size, "num_gpus", self.num_gpus, rule)
 
 
 def check_model_folder(model: str) -> None:

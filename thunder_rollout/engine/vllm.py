@@ -18,7 +18,7 @@ from thunder_rollout.core.events import FinishReason
 from thunder_rollout.engine.config import EngineConfig, check_model_folder
 from thunder_rollout.engine.protocol import EngineInfo, EngineStats, GenerateRequest, Generation, Sampling
 from thunder_rollout.engine.request_check import RequestLimits, check_request
-from thunder_rollout.errors import ConfigError, EngineDied, RequestError, ThunderError
+from thunder_rollout.errors import ConfigError, EngineDied, EngineFailed, RequestError, ThunderError
 
 logger = logging.getLogger(__name__)
 
@@ -141,6 +141,8 @@ class VllmEngine:
         except (EngineGenerateError, ValueError, TypeError) as error:
             if engine.errored or self._stopped:
                 raise EngineDied(f"engine {self._config.model} died; {_SEE_LOG}") from error
+            if isinstance(error, EngineGenerateError) and not isinstance(error.__cause__, ValueError | TypeError):
+                raise EngineFailed(f"request {request.request_id}: {error.__cause__ or error}; {_SEE_LOG}") from error
             raise RequestError(f"request {request.request_id}: vLLM refused it: {error.__cause__ or error}") from error
         finally:
             await outputs.aclose()

@@ -27,7 +27,7 @@ _COMPLETE = (FinishReason.STOP, FinishReason.LENGTH)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MetricsSnapshot:
-    """Totals since the scheduler started, beside the scheduler's present state.
+    """Totals since the first turn was requested, beside the scheduler's present state.
 
     `imbalance` is the mean over time of (fullest - emptiest backend) / capacity, in demand.
     """
@@ -62,6 +62,7 @@ class RunMetrics:
     _requested: dict[str, tuple[int, float]] = field(default_factory=dict)
     _prompts: dict[int, int] = field(default_factory=dict)
     _tools: dict[str, float] = field(default_factory=dict)
+    _began_at: float | None = None
     _imbalance_area: float = 0.0
     _imbalance: float = 0.0
     _imbalance_at: float = 0.0
@@ -69,6 +70,8 @@ class RunMetrics:
     def observe(self, event: Event, decisions: list[Decision], now: float) -> None:
         match event:
             case TurnRequested():
+                if self._began_at is None:
+                    self._began_at = self._imbalance_at = now
                 self._requested[event.request] = (event.prompt_tokens, now)
             case TurnEnded():
                 self._count_turn(event)
@@ -86,8 +89,9 @@ class RunMetrics:
 
     def snapshot(self, scheduler: SchedulerSnapshot, now: float) -> MetricsSnapshot:
         self._note_imbalance(scheduler, now)
+        time_s = 0.0 if self._began_at is None else now - self._began_at
         return MetricsSnapshot(
-            time_s=now,
+            time_s=time_s,
             num_turns=self.totals["turns"],
             prompt_tokens=self.totals["prompt"],
             cached_tokens=self.totals["cached"],
@@ -96,7 +100,7 @@ class RunMetrics:
             num_restores=self.totals["restores"],
             queue_s=self.seconds["queue"],
             tool_s=self.seconds["tool"],
-            imbalance=self._imbalance_area / now if now > 0 else 0.0,
+            imbalance=self._imbalance_area / time_s if time_s > 0 else 0.0,
             scheduler=scheduler,
         )
 

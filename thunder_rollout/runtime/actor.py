@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from thunder_rollout.core.config import SchedulerConfig
 from thunder_rollout.core.events import Event, TurnRequested
@@ -15,7 +16,7 @@ from thunder_rollout.observe.trace import TraceWriter
 from thunder_rollout.remote import remote_call
 from thunder_rollout.runtime.service import Grant, SchedulerService
 from thunder_rollout.sandbox.protocol import SandboxSpec
-from thunder_rollout.sandbox.remote import RemoteSandboxHost
+from thunder_rollout.sandbox.remote import RemoteSandboxHosts
 
 # Every waiting program holds one call; Ray's default of 1,000 would block the releases behind them.
 MAX_CONCURRENCY = 100_000
@@ -28,10 +29,10 @@ class SchedulerDied(InfrastructureFailure):
 class SchedulerActor:
     """`SchedulerService` in a process of its own; adds nothing to it."""
 
-    def __init__(self, config: SchedulerConfig, trace_path: str | None, host: Any | None) -> None:
+    def __init__(self, config: SchedulerConfig, trace_path: str | None, hosts: list[Any]) -> None:
         self._service = SchedulerService(
             config,
-            sandboxes=RemoteSandboxHost(host) if host is not None else None,
+            sandboxes=RemoteSandboxHosts(hosts) if hosts else None,
             trace=TraceWriter(Path(trace_path)) if trace_path else None,
         )
 
@@ -60,10 +61,12 @@ class SchedulerActor:
         return self._service.metrics()
 
 
-def create_scheduler_actor(config: SchedulerConfig, *, trace_path: Path | None, host: Any | None) -> Any:
-    """Start the one scheduler actor; `host` is the sandbox host's actor handle."""
-    cls = ray.remote(num_cpus=0, max_concurrency=MAX_CONCURRENCY)(SchedulerActor)
-    return cls.remote(config, str(trace_path) if trace_path else None, host)
+def create_scheduler_actor(config: SchedulerConfig, *, trace_path: Path | None, hosts: list[Any]) -> Any:
+    """Start the one scheduler actor, on the caller's node, where the trace is written; `hosts` are the
+    sandbox hosts' actor handles."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    cls = ray.remote(num_cpus=0, max_concurrency=MAX_CONCURRENCY, scheduling_strategy=here)(SchedulerActor)
+    return cls.remote(config, str(trace_path) if trace_path else None, hosts)
 
 
 class RemoteScheduler:

@@ -25,7 +25,7 @@ from thunder_rollout.core.events import (
 )
 from thunder_rollout.engine.hashing import BlockHasher
 from thunder_rollout.engine.protocol import Engine, GenerateRequest, Generation, Sampling
-from thunder_rollout.errors import BadEvent, EngineDied
+from thunder_rollout.errors import BadEvent, EngineDied, EngineFailed
 from thunder_rollout.runtime.service import Grant, SchedulerService
 from thunder_rollout.sandbox.protocol import SandboxSpec
 
@@ -63,7 +63,7 @@ class ProgramClient:
     """One program from open to close, as an async context manager; the agent loop's `ModelClient`.
 
     `block_size` makes it send block hashes with each request (policies that look at prefixes). A
-    turn whose engine dies is asked again, and the scheduler sends it to another engine.
+    turn whose engine dies, or that is aborted from outside, is asked again.
     """
 
     def __init__(
@@ -99,7 +99,8 @@ class ProgramClient:
         await asyncio.shield(self._scheduler.close(self.program, reason=reason))
 
     async def turn(self, prompt_ids: list[int], sampling: Sampling) -> TurnResult:
-        """Run one turn; raises `EngineDied` only when no engine is left."""
+        """Run one turn; raises `EngineDied` only when no engine is left, `EngineFailed` when a living
+        one could not finish it."""
         started = asyncio.get_running_loop().time()
         queue_s = 0.0
         while True:
@@ -111,6 +112,10 @@ class ProgramClient:
             except EngineDied as error:
                 await self._report_dead(grant, error)
                 continue
+            if generation.finish_reason == FinishReason.ABORT:
+                continue  # somebody cut the turn, not its program
+            if generation.finish_reason == FinishReason.ERROR:
+                raise EngineFailed(f"program {self.program}: {grant.backend} could not finish a turn")
             return TurnResult(
                 generation=generation,
                 backend=grant.backend,

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +20,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from thunder_rollout.config import RolloutConfig
 from thunder_rollout.core.events import BackendUp
 from thunder_rollout.engine.actor import check_resources, create_engine_actor
+from thunder_rollout.engine.config import EngineConfig
 from thunder_rollout.engine.protocol import EngineInfo, Sampling
 from thunder_rollout.engine.remote import RemoteEngine
 from thunder_rollout.errors import ConfigError
@@ -25,10 +28,10 @@ from thunder_rollout.runtime.actor import RemoteScheduler, create_scheduler_acto
 from thunder_rollout.runtime.aio import task_group
 from thunder_rollout.runtime.config import RayConfig
 from thunder_rollout.runtime.store import RunStore, SampleKey
-from thunder_rollout.runtime.worker import SampleOutcome, WorkerConfig
+from thunder_rollout.runtime.worker import SampleOutcome, WorkerConfig, grader_names, program_name
 from thunder_rollout.runtime.worker_actor import RemoteWorker, WorkerDied, create_worker
-from thunder_rollout.sandbox.actor import create_sandbox_host
-from thunder_rollout.sandbox.remote import RemoteSandboxHost
+from thunder_rollout.sandbox.actor import create_sandbox_hosts
+from thunder_rollout.sandbox.remote import RemoteSandboxHosts
 from thunder_rollout.tasks.task import Task
 
 logger = logging.getLogger(__name__)
@@ -39,11 +42,11 @@ STOP_TIMEOUT_S = 20.0
 class Cluster:
     """Async context manager; `shutdown` comes after it, also when entering failed."""
 
-    def __init__(self, config: RolloutConfig, store: RunStore, *, images: list[str]) -> None:
+    def __init__(self, config: RolloutConfig, store: RunStore, *, tasks: list[Task]) -> None:
         self.config = config
         self.store = store
         self.sandbox_backend = ""
-        self._images = images
+        self._tasks = tasks
         self._engines: dict[str, RemoteEngine] = {}
         self._engine_handles: dict[str, Any] = {}
         self._groups: list[PlacementGroup] = []
@@ -54,27 +57,27 @@ class Cluster:
         config = self.config
         start_ray(config.ray)
         check_resources(config.engine, config.rollout.num_engines, ray.cluster_resources())
-        self._host_handle = create_sandbox_host(config.sandbox, run=self.store.folder.name, owner_pid=os.getpid())
-        self._host = RemoteSandboxHost(self._host_handle)
+        self._host_handles = create_sandbox_hosts(config.sandbox, run=self.store.run_id, owner_pid=os.getpid())
+        self._hosts = RemoteSandboxHosts(self._host_handles)
         self._scheduler_handle = create_scheduler_actor(
             config.scheduler,
             trace_path=(self.store.folder / "trace.jsonl").resolve() if config.observe.trace else None,
-            host=self._host_handle,
+            hosts=self._host_handles,
         )
         self.scheduler = RemoteScheduler(self._scheduler_handle)
         async with task_group() as group:
-            host = group.create_task(self._host.start(self._images))
-            infos = [group.create_task(self._start_engine(f"engine{i}")) for i in range(config.rollout.num_engines)]
+            starting = [group.create_task(self._start_engine(i)) for i in range(config.rollout.num_engines)]
             group.create_task(self.scheduler.start())
-        self.sandbox_backend = host.result()
-        logger.info("sandboxes: %s", self.sandbox_backend)
-        self._check_capacity(infos[0].result())
-        for name, info in zip(self._engines, (task.result() for task in infos), strict=True):
+            group.create_task(self._start_sandboxes())
+        infos = [task.result() for task in starting]
+        smallest = min(infos, key=lambda info: info.capacity_tokens)
+        self._check_capacity(smallest)
+        for name, info in zip(self._engines, infos, strict=True):
             up = BackendUp(
                 backend=name, generation=0, capacity_tokens=info.capacity_tokens, max_running=info.max_running
             )
             await self.scheduler.post(up)
-        self._worker_config = self._make_worker_config(infos[0].result())
+        self._worker_config = self._make_worker_config(smallest)
         for _ in range(config.rollout.num_workers):
             self._add_worker()
         await asyncio.gather(*(worker.ready() for worker in self._workers.values()))
@@ -83,7 +86,7 @@ class Cluster:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        stops = [self._host.stop(), self.scheduler.stop(), *(engine.stop() for engine in self._engines.values())]
+        stops = [self._hosts.stop(), self.scheduler.stop(), *(engine.stop() for engine in self._engines.values())]
         try:
             async with asyncio.timeout(STOP_TIMEOUT_S):
                 await asyncio.gather(*stops, return_exceptions=True)
@@ -106,17 +109,33 @@ class Cluster:
         except WorkerDied:
             if self._workers.pop(worker.name, None) is not None:
                 logger.warning("%s died; its samples start again elsewhere", worker.name)
-                await self.scheduler.owner_died(worker.name)
                 self._add_worker()
+                worker.kill()
+                await self.scheduler.owner_died(worker.name)
+            for grader in grader_names(program_name(key, attempt), self.config.rollout.max_attempts):
+                await self._hosts.release(grader)
             raise
 
     async def num_sandboxes(self) -> int:
-        return await self._host.num_running()
+        return await self._hosts.num_running()
 
-    async def _start_engine(self, name: str) -> EngineInfo:
-        engine = self.config.engine
+    async def _start_sandboxes(self) -> None:
+        self.sandbox_backend = await self._hosts.start(sorted({task.image for task in self._tasks}))
+        logger.info("sandboxes: %s", self.sandbox_backend)
+        bare = [task.instance_id for task in self._tasks if not task.files and not task.setup]
+        if bare and self.sandbox_backend == "local":
+            raise ConfigError(
+                f"sandbox.backend: {len(bare)} tasks ({bare[0]}, ...) need their Docker image, and no Docker engine "
+                "is used; start Docker and set sandbox=docker"
+            )
+
+    async def _start_engine(self, index: int) -> EngineInfo:
+        """Each engine samples from a seed of its own: the samples of a group must differ."""
+        name = f"engine{index}"
+        engine = replace(self.config.engine, seed=self.config.engine.seed + index)
         group = placement_group([engine.resources()], strategy="STRICT_PACK")
         self._groups.append(group)
+        await _placed(group, engine)
         handle = create_engine_actor(engine, name=f"{self.store.folder.name}/{name}", placement_group=group)
         self._engine_handles[name] = handle
         self._engines[name] = RemoteEngine(handle)
@@ -139,6 +158,8 @@ class Cluster:
             sampling=Sampling(max_tokens=1, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k),
             max_model_len=info.max_model_len,
             limits=self.config.sandbox.limits,
+            grading=self.config.grading,
+            grading_attempts=rollout.max_attempts,
             sandbox_backend=self.sandbox_backend,
             block_size=info.block_size if self.config.scheduler.uses_block_hashes else None,
         )
@@ -151,16 +172,29 @@ class Cluster:
             self._worker_config,
             scheduler=self._scheduler_handle,
             engines=self._engine_handles,
-            host=self._host_handle,
+            hosts=self._host_handles,
             folder=self.store.folder.resolve(),
             concurrency=self.config.rollout.concurrency,
         )
+
+
+async def _placed(group: PlacementGroup, engine: EngineConfig) -> None:
+    """Raises `ConfigError` if no single node ever has the room for it."""
+    try:
+        async with asyncio.timeout(engine.startup_timeout_s):
+            await group.ready()
+    except TimeoutError:
+        raise ConfigError(
+            f"engine.num_gpus, engine.num_cpus: no node had {engine.resources()} free for an engine within "
+            f"{engine.startup_timeout_s:.0f} s (engine.startup_timeout_s); an engine's GPUs must be on one node"
+        ) from None
 
 
 def start_ray(settings: RayConfig) -> None:
     """Join `ray.address`, or start a private cluster without dashboard or usage reports."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     private = settings.address is None
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
             address=settings.address or "local",
@@ -170,8 +204,10 @@ def start_ray(settings: RayConfig) -> None:
             log_to_driver=False,
             logging_level=logging.WARNING,
         )
-    except ConnectionError as error:
+    except (ConnectionError, ValueError) as error:
         raise ConfigError(
             f"ray.address={settings.address!r}: no Ray cluster answers there; start one (see launch/) or leave it "
             "null for a private one"
         ) from error
+    finally:
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts one of its own in its place

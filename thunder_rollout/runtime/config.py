@@ -24,8 +24,8 @@ class RolloutSettings:
         for name in ("n", "num_engines", "num_workers", "concurrency", "max_attempts"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"rollout.{name}={getattr(self, name)!r}: must be at least 1")
-        if self.temperature < 0:
-            raise ConfigError(f"rollout.temperature={self.temperature!r}: must be >= 0 (0 is greedy)")
+        if not 0 <= self.temperature <= 2:
+            raise ConfigError(f"rollout.temperature={self.temperature!r}: must be in [0, 2] (0 is greedy)")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"rollout.top_p={self.top_p!r}: must be in (0, 1]")
         if self.top_k != -1 and self.top_k < 1:

@@ -12,12 +12,13 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from thunder_rollout.config import RolloutConfig
 from thunder_rollout.engine.config import check_model_folder
-from thunder_rollout.errors import InfrastructureFailure
+from thunder_rollout.errors import GradingFailed, InfrastructureFailure
 from thunder_rollout.observe.metrics import MetricsSnapshot
 from thunder_rollout.observe.progress import Progress, SampleCounts
 from thunder_rollout.observe.wandb import WandbRun
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 class _Session:
     """This process's share of a run."""
 
-    started: float
+    wanted: list[SampleKey]
     counts: SampleCounts
     outcomes: list[SampleOutcome] = field(default_factory=list)
     failures: Counter[str] = field(default_factory=Counter)
@@ -44,11 +45,19 @@ class _Session:
     metrics: MetricsSnapshot | None = None
 
 
-def prepare(config: RolloutConfig) -> list[Task]:
-    """The run's tasks. Raises `UserError` for what can be known before anything is started."""
-    if config.engine.kind == "vllm":
-        check_model_folder(config.engine.model)
-    return build_tasks(config.task)
+def prepare(config: RolloutConfig) -> tuple[RolloutConfig, list[Task]]:
+    """The configuration with the model's folder resolved (links followed, so that it stays the same on
+    resume and means the same in every process), and the tasks.
+
+    Raises `UserError` for what can be known before anything is started.
+    """
+    engine = config.engine
+    if engine.kind == "vllm":
+        check_model_folder(engine.model)
+    folder = Path(engine.model).expanduser()
+    if folder.is_dir():
+        config = replace(config, engine=replace(engine, model=str(folder.resolve())))
+    return config, build_tasks(config.task)
 
 
 async def run_rollout(
@@ -60,33 +69,40 @@ async def run_rollout(
     only a started cluster can tell (resources, KV capacity).
     """
     started = time.monotonic()
+    wanted = [(task, SampleKey(task.instance_id, sample)) for task in tasks for sample in range(config.rollout.n)]
     finished = store.finished()
-    work = [
-        (task, key)
-        for task in tasks
-        for key in (SampleKey(task.instance_id, sample) for sample in range(config.rollout.n))
-        if key not in finished
-    ]
-    total = len(tasks) * config.rollout.n
-    session = _Session(started, SampleCounts(total=total, done=total - len(work)))
-    logger.info("run %s: %d samples, %d finished before", store.folder, total, total - len(work))
-    if not work:
-        return _summary(store, session, sandbox_backend="", wall_s=time.monotonic() - started)
-    cluster = Cluster(config, store, images=sorted({task.image for task, _ in work}))
-    starting_wandb = asyncio.create_task(asyncio.to_thread(WandbRun, config.observe.wandb, store.folder, settings))
+    work = [(task, key) for task, key in wanted if key not in finished]
+    logger.info("run %s: %d samples, %d finished before", store.folder, len(wanted), len(wanted) - len(work))
+    before = store.read_summary()
+    if not work and before is not None and before["complete"]:
+        return before
+    session = _Session([key for _, key in wanted], _counts(store, wanted))
+    cluster = Cluster(config, store, tasks=tasks)
+
+    def summary_now() -> dict[str, Any]:
+        return _summary(store, session, cluster.sandbox_backend, time.monotonic() - started)
+
     try:
-        async with cluster:
-            wandb = await starting_wandb
-            try:
-                await _run_samples(config, cluster, session, work, wandb)
-            finally:
-                summary = _summary(store, session, cluster.sandbox_backend, time.monotonic() - started)
-                await asyncio.shield(asyncio.to_thread(wandb.finish, summary))
+        if work:
+            starting = asyncio.create_task(asyncio.to_thread(WandbRun, config.observe.wandb, store.folder, settings))
+            async with cluster:
+                wandb = await starting
+                try:
+                    await _run_samples(config, cluster, session, work, wandb)
+                finally:
+                    await asyncio.shield(asyncio.to_thread(wandb.finish, summary_now()))
     finally:
         cluster.shutdown()
-    summary["wall_s"] = time.monotonic() - started
-    store.write_summary(summary)
+        summary = summary_now()  # only now can no worker finish another sample
     return summary
+
+
+def _counts(store: RunStore, wanted: list[tuple[Task, SampleKey]]) -> SampleCounts:
+    """Where a resumed run stands."""
+    keys = {key for _, key in wanted}
+    rows = store.read_columns(["instance_id", "sample", "resolved"])
+    resolved = [row["resolved"] for row in rows if SampleKey(row["instance_id"], row["sample"]) in keys]
+    return SampleCounts(total=len(wanted), done=len(resolved), resolved=sum(resolved))
 
 
 async def _run_samples(
@@ -119,6 +135,8 @@ async def _run_sample(config: RolloutConfig, cluster: Cluster, session: _Session
             except InfrastructureFailure as failure:
                 logger.warning("task=%s sample=%d attempt=%d: %s", key.instance_id, key.sample, attempt, failure)
                 last = failure
+                if isinstance(failure, GradingFailed):
+                    break  # the worker has tried again already, without playing the episode anew
                 continue
             session.outcomes.append(outcome)
             counts.done += 1
@@ -159,7 +177,7 @@ def _wandb_values(session: _Session) -> dict[str, float]:
         "thunder/num_pauses": float(metrics.num_pauses),
         "thunder/queue_s": metrics.queue_s,
         "thunder/tool_s": metrics.tool_s,
-        "perf/throughput": metrics.output_tokens / metrics.time_s if metrics.time_s else 0.0,
+        "thunder/output_tokens_per_s": metrics.output_tokens / metrics.time_s if metrics.time_s else 0.0,
     }
     for backend in metrics.scheduler.backends:
         values[f"thunder/backend/{backend.backend}/demand"] = backend.demand_tokens / backend.capacity_tokens
@@ -174,7 +192,7 @@ def _summary(store: RunStore, session: _Session, sandbox_backend: str, wall_s: f
     summary = summarise(
         store,
         SessionTotals(
-            num_expected=session.counts.total,
+            expected=session.wanted,
             num_turns=sum(outcome.num_turns for outcome in session.outcomes),
             rollout_s=session.rollout_s,
             wall_s=wall_s,

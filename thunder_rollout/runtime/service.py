@@ -78,7 +78,7 @@ class SchedulerService:
         self._waiting: dict[str, tuple[asyncio.Future[Grant], float]] = {}
         self._specs: dict[str, SandboxSpec] = {}
         self._owners: dict[str, str] = {}
-        self._live_backends: set[str] = set()
+        self._live_backends: dict[str, int] = {}  # generation
         self._no_engine: str | None = None  # why the last backend is gone
         self._tasks: set[asyncio.Task[None]] = set()
         self._ticker: asyncio.Task[None] | None = None
@@ -86,6 +86,7 @@ class SchedulerService:
 
     async def start(self) -> None:
         self._ticker = asyncio.create_task(self._tick_forever(), name="scheduler tick")
+        self._ticker.add_done_callback(self._reap)
 
     async def stop(self) -> None:
         """Idempotent. Waiters are cancelled; sandboxes under way are left to their host."""
@@ -122,7 +123,7 @@ class SchedulerService:
         try:
             self.handle(event)
             return await future
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, EngineDied):
             self._undo_admission(event, future)
             raise
         finally:
@@ -135,20 +136,12 @@ class SchedulerService:
         now = self._now()
         try:
             decisions = self._scheduler.handle(event, now)
+            self._follow(event, decisions, now)
         except BadEvent:
             raise
         except Exception as error:
             self._break(error)
             raise
-        self._note_backends(event)
-        self._metrics.observe(event, decisions, now)
-        if self._trace is not None:
-            self._trace.write(now, event, decisions)
-        for decision in decisions:
-            self._carry_out(decision, now)
-        if isinstance(event, ProgramEnded):
-            self._owners.pop(event.program, None)
-            self._specs.pop(event.program, None)
 
     def close(self, program: str, *, reason: str | None = None) -> None:
         """End a program and release all it holds; a program that never asked is only forgotten."""
@@ -164,7 +157,21 @@ class SchedulerService:
             self.close(program, reason=f"owner {owner} died")
 
     def metrics(self) -> MetricsSnapshot:
+        """Raises the error that broke the service, so that whoever watches it hears."""
+        if self._broken is not None:
+            raise self._broken
         return self._metrics.snapshot(self._scheduler.snapshot(), self._now())
+
+    def _follow(self, event: Event, decisions: list[Decision], now: float) -> None:
+        self._note_backends(event)
+        self._metrics.observe(event, decisions, now)
+        if self._trace is not None:
+            self._trace.write(now, event, decisions)
+        for decision in decisions:
+            self._carry_out(decision, now)
+        if isinstance(event, ProgramEnded):
+            self._owners.pop(event.program, None)
+            self._specs.pop(event.program, None)
 
     def _undo_admission(self, event: TurnRequested, future: asyncio.Future[Grant]) -> None:
         granted = future.done() and not future.cancelled() and future.exception() is None
@@ -217,10 +224,10 @@ class SchedulerService:
 
     def _note_backends(self, event: Event) -> None:
         if isinstance(event, BackendUp):
-            self._live_backends.add(event.backend)
+            self._live_backends[event.backend] = event.generation
             self._no_engine = None
-        elif isinstance(event, BackendDown):
-            self._live_backends.discard(event.backend)
+        elif isinstance(event, BackendDown) and self._live_backends.get(event.backend) == event.generation:
+            del self._live_backends[event.backend]
             if not self._live_backends:
                 self._no_engine = f"no engine is left: {event.backend}: {event.reason}"
                 for request in list(self._waiting):
@@ -236,8 +243,6 @@ class SchedulerService:
         self._broken = ThunderError(f"the scheduler stopped: {type(error).__name__}: {error}")
         for request in list(self._waiting):
             self._fail_waiter(request, self._broken)
-        if self._trace is not None:
-            self._trace.flush()
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)

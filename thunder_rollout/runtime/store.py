@@ -15,6 +15,7 @@ flight. `run.lock` is held (flock) while a driver lives; the kernel drops it on 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import time
@@ -25,6 +26,7 @@ from urllib.parse import quote, unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 
 from thunder_rollout.agent.trajectory import Trajectory, TurnRecord
 from thunder_rollout.errors import ConfigError
@@ -63,6 +65,16 @@ SCHEMA = pa.schema(
         pa.field("started_at", pa.float64()),  # seconds since the epoch
         pa.field("finished_at", pa.float64()),
     ]
+)
+
+
+# A resumed run may change anything else: engines, scheduler, concurrency, what is shown.
+_SAMPLE_SETTINGS = (
+    "task",
+    "agent",
+    "grading",
+    "engine.model",
+    *(f"rollout.{name}" for name in ("n", "temperature", "top_p", "top_k")),
 )
 
 
@@ -118,9 +130,15 @@ class RunStore:
         self.trajectories = folder / "trajectories"
         self._lock: TextIO | None = None
 
+    @property
+    def run_id(self) -> str:
+        """Unique to this folder on this machine: what sandboxes are labelled with."""
+        digest = hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()
+        return f"{self.folder.resolve().name}-{digest[:8]}"
+
     def open(self, config_yaml: str) -> None:
-        """Create or reopen the folder and lock it; raises `ConfigError` if it is in use or was
-        made with another configuration."""
+        """Create or reopen the folder and lock it; raises `ConfigError` if it is in use or holds
+        samples of another kind (other tasks, model, agent or sampling)."""
         self.trajectories.mkdir(parents=True, exist_ok=True)
         self._lock = (self.folder / "run.lock").open("w")
         try:
@@ -128,10 +146,10 @@ class RunStore:
         except BlockingIOError:
             raise ConfigError(f"name: the run folder {self.folder} is in use by a running rollout") from None
         saved = self.folder / "config.yaml"
-        if saved.exists() and saved.read_text() != config_yaml:
+        if saved.exists() and (changed := _changed(saved.read_text(), config_yaml)):
             raise ConfigError(
-                f"name: {self.folder} was made with another configuration (see its config.yaml); "
-                "choose another name, or remove the folder"
+                f"name: {self.folder} was made with another {', '.join(changed)} (see its config.yaml), which "
+                "would mix different samples; choose another name, or remove the folder"
             )
         _write_atomic(saved, config_yaml.encode())
         for leftover in self.trajectories.glob(".*.tmp"):
@@ -181,8 +199,8 @@ class RunStore:
 def choose_run(runs_dir: Path, name: str | None, config_yaml: str) -> RunStore:
     """Open the folder of this run and point `latest` at it.
 
-    A given `name` is created or resumed. Without one, the latest run is resumed if it stopped
-    early under the very same configuration; otherwise a new folder is named by the time.
+    A given `name` is created or resumed. Without one, the run that `latest` points at is resumed if
+    it stopped early under the very same configuration; otherwise a new folder is named by the time.
     """
     latest = runs_dir / "latest"
     folder = runs_dir / name if name else None
@@ -204,6 +222,18 @@ def choose_run(runs_dir: Path, name: str | None, config_yaml: str) -> RunStore:
     link.symlink_to(store.folder.name)
     os.replace(link, latest)
     return store
+
+
+def _changed(old_yaml: str, new_yaml: str) -> list[str]:
+    """The settings that differ, of those that decide what a sample is."""
+    old, new = yaml.safe_load(old_yaml), yaml.safe_load(new_yaml)
+    return [path for path in _SAMPLE_SETTINGS if _select(old, path) != _select(new, path)]
+
+
+def _select(config: Any, path: str) -> Any:
+    for key in path.split("."):
+        config = config.get(key) if isinstance(config, dict) else None
+    return config
 
 
 def _new_folder(runs_dir: Path) -> Path:

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from thunder_rollout.runtime.store import RunStore
+from thunder_rollout.runtime.store import RunStore, SampleKey
 
 _COLUMNS = ["instance_id", "resolved", "reward", "num_turns", "end_reason", "turns", "sandbox_backend"]
 
@@ -19,7 +19,7 @@ class SessionTotals:
     `wall_s` the whole command.
     """
 
-    num_expected: int
+    expected: list[SampleKey]
     num_turns: int
     rollout_s: float
     wall_s: float
@@ -35,8 +35,8 @@ def summarise(store: RunStore, session: SessionTotals) -> dict[str, Any]:
     num_resolved = sum(row["resolved"] for row in rows)
     return {
         "num_samples": len(rows),
-        "num_expected": session.num_expected,
-        "complete": len(rows) == session.num_expected,
+        "num_expected": len(session.expected),
+        "complete": store.finished() >= set(session.expected),
         "num_resolved": num_resolved,
         "resolved_rate": num_resolved / len(rows) if rows else 0.0,
         "reward_mean": sum(row["reward"] for row in rows) / len(rows) if rows else 0.0,

@@ -7,9 +7,10 @@ raised to the driver, which decides whether to try again.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from thunder_rollout.agent.chat import ChatFormat
@@ -17,11 +18,12 @@ from thunder_rollout.agent.config import AgentConfig
 from thunder_rollout.agent.loop import AgentLoop
 from thunder_rollout.agent.trajectory import Trajectory
 from thunder_rollout.engine.protocol import Engine, Sampling
+from thunder_rollout.errors import GradingFailed
 from thunder_rollout.runtime.client import ProgramClient, SchedulerPort
 from thunder_rollout.runtime.store import FinishedSample, RunStore, SampleKey
 from thunder_rollout.sandbox.protocol import ExecResult, Sandbox, SandboxLimits, SandboxSpec
 from thunder_rollout.tasks.environment import sandbox_spec, started
-from thunder_rollout.tasks.grading import Grade, grade
+from thunder_rollout.tasks.grading import Grade, GradingConfig, grade
 from thunder_rollout.tasks.task import Task
 
 
@@ -44,6 +46,8 @@ class WorkerConfig:
     max_model_len: int
     limits: SandboxLimits
     sandbox_backend: str
+    grading: GradingConfig = field(default_factory=GradingConfig)
+    grading_attempts: int = 1  # a finished episode is not thrown away for one grader's failure
     block_size: int | None = None  # set: block hashes go with every request
 
 
@@ -57,6 +61,15 @@ class SampleOutcome:
     num_turns: int
     end_reason: str
     wall_s: float
+
+
+def program_name(key: SampleKey, attempt: int) -> str:
+    return f"{key.instance_id}#{key.sample}.{attempt}"
+
+
+def grader_names(program: str, attempts: int) -> list[str]:
+    """The sandboxes in which a program is graded, one an attempt."""
+    return [f"{program}/grade{i}" for i in range(attempts)]
 
 
 class RolloutWorker:
@@ -83,11 +96,10 @@ class RolloutWorker:
     async def run(self, task: Task, key: SampleKey, attempt: int) -> SampleOutcome:
         """Run one sample to its parquet file. Raises `InfrastructureFailure`."""
         started_at = time.time()
-        program = f"{key.instance_id}#{key.sample}.{attempt}"
+        program = program_name(key, attempt)
         trajectory, patch, wait_s = await self._episode(program, task)
         grade_started = time.monotonic()
-        grader = f"{program}/grade"
-        verdict = await grade(task, patch, lambda: started(self._sandboxes.sandbox(grader, self._spec(grader, task))))
+        verdict = await self._grade(program, task, patch)
         sample = FinishedSample(
             key=key,
             attempt=attempt,
@@ -133,6 +145,22 @@ class RolloutWorker:
             trajectory = await loop.run(task.problem_statement, client, sandbox)
             patch = await sandbox.diff(task.base_commit) if sandbox.started else b""
         return trajectory, patch, sandbox.wait_s
+
+    async def _grade(self, program: str, task: Task, patch: bytes) -> Grade:
+        """Raises `GradingFailed` when every attempt failed."""
+        *first, last = grader_names(program, self._config.grading_attempts)
+        for grader in first:
+            with contextlib.suppress(GradingFailed):
+                return await self._grade_in(grader, task, patch)
+        return await self._grade_in(last, task, patch)
+
+    async def _grade_in(self, grader: str, task: Task, patch: bytes) -> Grade:
+        return await grade(
+            task,
+            patch,
+            lambda: started(self._sandboxes.sandbox(grader, self._spec(grader, task))),
+            config=self._config.grading,
+        )
 
     def _spec(self, program: str, task: Task) -> SandboxSpec:
         labels = {"run": self._config.run, "program": program, "task": task.instance_id}

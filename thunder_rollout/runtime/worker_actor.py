@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,12 @@ import ray
 
 from thunder_rollout.agent.chat import ChatFormat
 from thunder_rollout.engine.remote import RemoteEngine
-from thunder_rollout.errors import InfrastructureFailure
+from thunder_rollout.errors import ConfigError, InfrastructureFailure
 from thunder_rollout.remote import remote_call
 from thunder_rollout.runtime.actor import RemoteScheduler
 from thunder_rollout.runtime.store import RunStore, SampleKey
 from thunder_rollout.runtime.worker import RolloutWorker, SampleOutcome, WorkerConfig
-from thunder_rollout.sandbox.remote import RemoteSandboxHost
+from thunder_rollout.sandbox.remote import RemoteSandboxHosts
 from thunder_rollout.tasks.task import Task
 
 
@@ -26,25 +27,41 @@ class WorkerActor:
     """Loads the tokenizer once; adds nothing else to `RolloutWorker`."""
 
     def __init__(
-        self, name: str, config: WorkerConfig, scheduler: Any, engines: dict[str, Any], host: Any, folder: str
+        self, name: str, config: WorkerConfig, scheduler: Any, engines: dict[str, Any], hosts: list[Any], folder: str
     ) -> None:
-        from transformers import AutoTokenizer  # seconds to import; only this process needs it
-
-        self._worker = RolloutWorker(
+        self._make_worker = lambda chat: RolloutWorker(
             name,
             config,
-            ChatFormat(AutoTokenizer.from_pretrained(config.model)),
+            chat,
             RemoteScheduler(scheduler),
             {engine: RemoteEngine(handle) for engine, handle in engines.items()},
-            RemoteSandboxHost(host),
+            RemoteSandboxHosts(hosts),
             RunStore(Path(folder)),
         )
+        self._model = config.model
+        self._worker: RolloutWorker | None = None
+        self._loading = asyncio.Lock()
 
     async def ready(self) -> None:
-        pass
+        """Load the tokenizer. Raises `ConfigError` if the model has none to chat with."""
+        async with self._loading:
+            if self._worker is None:
+                self._worker = self._make_worker(await asyncio.to_thread(_load_chat, self._model))
 
     async def run(self, task: Task, key: SampleKey, attempt: int) -> SampleOutcome:
+        await self.ready()
+        assert self._worker is not None
         return await self._worker.run(task, key, attempt)
+
+
+def _load_chat(model: str) -> ChatFormat:
+    from transformers import AutoTokenizer  # seconds to import; only this process needs it
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"engine.model={model!r}: its tokenizer can't be loaded: {error}") from error
+    return ChatFormat(tokenizer)
 
 
 class RemoteWorker:
@@ -66,6 +83,10 @@ class RemoteWorker:
         finally:
             self.num_running -= 1
 
+    def kill(self) -> None:
+        """Make sure that a worker taken for dead is."""
+        ray.kill(self._handle)
+
     async def _call(self, ref: Any) -> Any:
         return await remote_call(ref, died=WorkerDied, what=f"rollout worker {self.name}")
 
@@ -76,9 +97,9 @@ def create_worker(
     *,
     scheduler: Any,
     engines: dict[str, Any],
-    host: Any,
+    hosts: list[Any],
     folder: Path,
     concurrency: int,
 ) -> RemoteWorker:
     cls = ray.remote(num_cpus=0, max_concurrency=concurrency + 1)(WorkerActor)
-    return RemoteWorker(name, cls.remote(name, config, scheduler, engines, host, str(folder)))
+    return RemoteWorker(name, cls.remote(name, config, scheduler, engines, hosts, str(folder)))

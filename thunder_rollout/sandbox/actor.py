@@ -59,9 +59,21 @@ class SandboxHostActor:
         return self._host
 
 
-def create_sandbox_host(config: SandboxConfig, *, run: str, owner_pid: int | None = None) -> Any:
-    """Start the host of the caller's node. The sandboxes go when the process `owner_pid` does, or
-    the actor itself."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    cls = ray.remote(num_cpus=0, max_concurrency=MAX_CONCURRENCY, scheduling_strategy=here)(SandboxHostActor)
+def create_sandbox_host(
+    config: SandboxConfig, *, run: str, owner_pid: int | None = None, node_id: str | None = None
+) -> Any:
+    """Start the host of a node (the caller's by default). The sandboxes go when the process
+    `owner_pid`, which must be on that node, does, or the actor itself."""
+    node = NodeAffinitySchedulingStrategy(node_id or ray.get_runtime_context().get_node_id(), soft=False)
+    cls = ray.remote(num_cpus=0, max_concurrency=MAX_CONCURRENCY, scheduling_strategy=node)(SandboxHostActor)
     return cls.remote(config, run, owner_pid)
+
+
+def create_sandbox_hosts(config: SandboxConfig, *, run: str, owner_pid: int) -> list[Any]:
+    """Start one host on each node that is alive now; `owner_pid` is a process of the caller's node."""
+    here = ray.get_runtime_context().get_node_id()
+    nodes = sorted(node["NodeID"] for node in ray.nodes() if node["Alive"])
+    return [
+        create_sandbox_host(config, run=run, owner_pid=owner_pid if node == here else None, node_id=node)
+        for node in nodes
+    ]

@@ -24,7 +24,6 @@ class SandboxConfig:
     network: str = "none"  # the only choice: an agent with a network can read the answer
     docker_host: str | None = None  # None: DOCKER_HOST, else the default socket
     max_starts: int = 4  # sandboxes of one node that start at the same time
-    exec_timeout_s: float = 60.0  # what an agent's command gets
     start_timeout_s: float = 120.0  # of one sandbox, its setup included
 
     def __post_init__(self) -> None:
@@ -32,7 +31,6 @@ class SandboxConfig:
         _require(self.backend in BACKENDS, "backend", self.backend, f"one of {', '.join(BACKENDS)}")
         _require(self.network == "none", "network", self.network, "none")
         _require(self.max_starts >= 1, "max_starts", self.max_starts, ">= 1")
-        _require(self.exec_timeout_s > 0, "exec_timeout_s", self.exec_timeout_s, "> 0")
         _require(self.start_timeout_s > 0, "start_timeout_s", self.start_timeout_s, "> 0")
         _require(limits.memory_bytes >= 64 * 2**20, "limits.memory_bytes", limits.memory_bytes, ">= 67108864 (64 MiB)")
         _require(limits.cpus > 0, "limits.cpus", limits.cpus, "> 0")

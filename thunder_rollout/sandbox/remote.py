@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import zlib
+from collections.abc import Sequence
 from typing import Any
 
-from thunder_rollout.errors import SandboxFailed
+from thunder_rollout.errors import ConfigError, SandboxFailed
 from thunder_rollout.remote import remote_call
 from thunder_rollout.sandbox.config import BackendChoice
 from thunder_rollout.sandbox.host import HostStats
@@ -41,6 +44,43 @@ class RemoteSandboxHost:
 
     def sandbox(self, program: str, spec: SandboxSpec) -> RemoteSandbox:
         return RemoteSandbox(self._handle, program, spec)
+
+
+class RemoteSandboxHosts:
+    """The hosts of all nodes as one. A program's host follows from its name alone, so everybody who
+    holds the same handles finds it without asking."""
+
+    def __init__(self, handles: Sequence[Any]) -> None:
+        """`handles` are what `create_sandbox_hosts` returned, in its order."""
+        self._hosts = [RemoteSandboxHost(handle) for handle in handles]
+
+    async def start(self, images: list[str]) -> str:
+        """The backend chosen, docker or local. Raises `ConfigError` if nodes disagree."""
+        backends = sorted(set(await asyncio.gather(*(host.start(images) for host in self._hosts))))
+        if len(backends) > 1:
+            raise ConfigError(
+                f"sandbox.backend: some nodes have Docker and some have not ({', '.join(backends)}); "
+                "set sandbox.backend=local, or start Docker on every node"
+            )
+        return backends[0]
+
+    async def stop(self) -> None:
+        await asyncio.gather(*(host.stop() for host in self._hosts))
+
+    async def prepare(self, program: str, spec: SandboxSpec) -> float:
+        return await self._host(program).prepare(program, spec)
+
+    async def release(self, program: str) -> None:
+        await self._host(program).release(program)
+
+    async def num_running(self) -> int:
+        return sum(await asyncio.gather(*(host.num_running() for host in self._hosts)))
+
+    def sandbox(self, program: str, spec: SandboxSpec) -> RemoteSandbox:
+        return self._host(program).sandbox(program, spec)
+
+    def _host(self, program: str) -> RemoteSandboxHost:
+        return self._hosts[zlib.crc32(program.encode()) % len(self._hosts)]
 
 
 class RemoteSandbox:

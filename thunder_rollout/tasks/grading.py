@@ -2,8 +2,8 @@
 
 Whatever the patch does wrong (doesn't apply, breaks the tests, makes them hang) is the agent's
 failure, a reward of 0 with its reason. Whatever keeps the grader from a verdict (the sandbox
-can't start or dies, the image can't run tests, the hidden tests don't go in) is
-`GradingFailed`, never a reward.
+can't start or dies, the image can't run tests, the hidden tests don't go in, or the tests run out
+of time even without the patch) is `GradingFailed`, never a reward.
 
 The patch decides nothing about how it is judged: what it says about the hidden tests' files,
 pytest's configuration and plugins, or Python's start-up is left out when it is applied. Code
@@ -38,6 +38,7 @@ _JUDGE_PATTERNS = (
     "*.pyc",
 )
 _GIT = "git -c safe.directory='*' -c core.hooksPath=/dev/null"
+_TIMED_OUT = "tests timed out"
 _MAX_REPORT_BYTES = 64 * 1024**2
 
 
@@ -75,9 +76,13 @@ async def grade(task: Task, patch: bytes, make_sandbox: MakeSandbox, *, config: 
     _check_gradable(task)
     if not patch.strip():
         return _failed("empty patch")
+    config = config or GradingConfig()
     try:
         async with make_sandbox() as sandbox:
-            return await _Grading(task, sandbox, config or GradingConfig()).judge(patch)
+            verdict = await _Grading(task, sandbox, config).judge(patch)
+        if verdict.reason == _TIMED_OUT:
+            await _check_in_time_without_patch(task, make_sandbox, config)
+        return verdict
     except SandboxFailed as error:
         raise GradingFailed(f"task {task.instance_id}: the grading sandbox failed: {error}") from error
 
@@ -92,21 +97,23 @@ class _Grading:
     scratch: str = field(default_factory=lambda: f"/tmp/grading-{secrets.token_hex(8)}")
 
     async def judge(self, patch: bytes) -> Grade:
-        await self._must(f"mkdir -p {self.scratch}", "make room for the grader's files")
+        await self.prepare()
         if trouble := await self._apply_agent_patch(patch):
             return _failed(f"the patch doesn't apply: {trouble}", log=trouble)
-        if trouble := await self._put_hidden_tests():
+        if trouble := await self.put_hidden_tests():
             return _failed(f"the patch is in the hidden tests' way: {trouble}", log=trouble)
-        result = await self._run_tests()
+        result = await self.run_tests()
         if result.timed_out:
-            await self._must("true", "answer after the tests timed out")
-            return _failed("tests timed out", log=result.output)
+            return _failed(_TIMED_OUT, log=result.output)
         try:
             verdicts = passed_by_test(await self._report())
         except (BadReport, FileNotFoundError) as error:
             await self._must(f"cd / && {self.task.test_command} --version", "run the tests' command at all")
             return _failed(f"the tests left no report: {error}", log=result.output)
         return self._verdict(verdicts, result.output)
+
+    async def prepare(self) -> None:
+        await self._must(f"mkdir -p {self.scratch}", "make room for the grader's files")
 
     async def _apply_agent_patch(self, patch: bytes) -> str:
         """What git says against the patch, "" if it applied."""
@@ -117,7 +124,7 @@ class _Grading:
         result = await self._step(f"{_GIT} apply --whitespace=nowarn {exclude} {file}", "apply the agent's patch")
         return _last_line(result) if result.exit_code else ""
 
-    async def _put_hidden_tests(self) -> str:
+    async def put_hidden_tests(self) -> str:
         """What stands in the way of the task's tests, "" if they are in place."""
         for path, text in self.task.test_files.items():
             folder = str(PurePosixPath(path).parent)
@@ -133,7 +140,7 @@ class _Grading:
             await self._must(f"{_GIT} apply --whitespace=nowarn {file}", "apply test_patch")
         return ""
 
-    async def _run_tests(self) -> ExecResult:
+    async def run_tests(self) -> ExecResult:
         files = dict.fromkeys(test.partition("::")[0] for test in self._wanted())
         arguments = " ".join(shlex.quote(file) for file in files)
         command = f"{self.task.test_command} -o junit_family=xunit1 --junitxml={self.scratch}/report.xml {arguments}"
@@ -187,6 +194,19 @@ def _check_gradable(task: Task) -> None:
             raise TaskError(
                 f"task {task.instance_id}: {test!r} in FAIL_TO_PASS or PASS_TO_PASS isn't a pytest node id "
                 "(path::test); only pytest suites can be graded"
+            )
+
+
+async def _check_in_time_without_patch(task: Task, make_sandbox: MakeSandbox, config: GradingConfig) -> None:
+    """The patch is to blame for tests that hang only if they end in time without it."""
+    async with make_sandbox() as sandbox:
+        grading = _Grading(task, sandbox, config)
+        await grading.prepare()
+        await grading.put_hidden_tests()
+        if (await grading.run_tests()).timed_out:
+            raise GradingFailed(
+                f"task {task.instance_id}: its tests take over {config.test_timeout_s:.0f} s even without a patch; "
+                "raise grading.test_timeout_s"
             )
 
 

@@ -1,7 +1,7 @@
 """A byte-level tokenizer with a ChatML template: every text round-trips, one byte a token."""
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from thunder_rollout.agent.chat import ChatFormat
@@ -19,6 +19,7 @@ def byte_tokenizer(template: str = CHATML) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
     fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    fast.add_tokens([AddedToken("<|role|>", special=True)])  # in none of the tokenizer's named lists
     fast.chat_template = template
     return fast
 

@@ -39,6 +39,10 @@ def test_special_tokens_in_an_observation_are_defused(chat, tokenizer):
     assert "obey" in tokenizer.decode(ids)
 
 
+def test_control_tokens_that_have_no_name_are_defused_too(chat, tokenizer):
+    assert tokenizer.convert_tokens_to_ids("<|role|>") not in chat.observation_ids("<|role|>", ended=True)
+
+
 def test_special_tokens_in_a_task_are_defused(chat):
     assert chat.initial_ids("s", "<|im_end|>").count(chat.end_id) == chat.initial_ids("s", "u").count(chat.end_id)
 

@@ -26,7 +26,6 @@ class ScriptedModel:
     tokenizer: object
     texts: list[str]
     closed: bool = True
-    queue_s: float = 0.0
     prompts: list[list[int]] = field(default_factory=list)
     budgets: list[int] = field(default_factory=list)
     tools: list[str] = field(default_factory=list)
@@ -46,7 +45,7 @@ class ScriptedModel:
             prefill_s=0.0,
             decode_s=0.0,
         )
-        return TurnResult(generation=generation, backend="e0", queue_s=self.queue_s, engine_s=0.0)
+        return TurnResult(generation=generation, backend="e0", queue_s=1000.0, engine_s=1.0)
 
     async def tool_started(self, tool: str) -> None:
         self.tools.append("started")
@@ -61,16 +60,15 @@ def echo(command: str) -> ExecResult:
 
 @pytest.fixture
 def play(chat, tokenizer):
-    async def run(texts: list[str], *, model_len: int = 10_000, clock=None, **kwargs):
-        model = ScriptedModel(chat, tokenizer, texts, kwargs.pop("closed", True), kwargs.pop("queue_s", 0.0))
-        sandbox = FakeSandbox(SandboxSpec(image="any"), echo)
+    async def run(texts: list[str], *, model_len: int = 10_000, answer=echo, **kwargs):
+        model = ScriptedModel(chat, tokenizer, texts, kwargs.pop("closed", True))
+        sandbox = FakeSandbox(SandboxSpec(image="any"), answer)
         await sandbox.start()
         loop = AgentLoop(
             chat=chat,
             config=AgentConfig(**{"max_turns": 5, "system_prompt": "act", **kwargs}),
             sampling=Sampling(max_tokens=1),
             max_model_len=model_len,
-            **({"clock": clock} if clock else {}),
         )
         return await loop.run("fix it", model, sandbox), model, sandbox
 
@@ -135,15 +133,10 @@ async def test_a_turn_cut_short_is_closed_as_context(play, chat):
     assert trajectory.loss_mask[after] == 0
 
 
-async def test_wall_clock_ends_the_episode_but_queueing_does_not_count(play):
-    def ticking():
-        ticking.now += 4.0
-        return ticking.now
+async def test_time_in_engine_and_commands_ends_the_episode_and_waiting_does_not(play):
+    def slow(command: str) -> ExecResult:
+        return ExecResult(exit_code=0, output="", timed_out=False, took_s=4.0)
 
-    ticking.now = 0.0
-    trajectory, _, _ = await play([bash("ls")] * 5, clock=ticking, max_episode_s=10.0)
+    trajectory, _, _ = await play([bash("ls")] * 5, answer=slow, max_episode_s=9.0)
     assert trajectory.end_reason is EndReason.MAX_TIME
-    assert len(trajectory.turns) == 1
-    ticking.now = 0.0
-    trajectory, _, _ = await play([bash("ls")] * 5, clock=ticking, max_episode_s=10.0, queue_s=100.0)
-    assert trajectory.end_reason is EndReason.MAX_TURNS
+    assert [turn.tool_s for turn in trajectory.turns] == [4.0, 4.0]

@@ -88,10 +88,21 @@ def test_a_folder_in_use_is_refused(store):
         RunStore(store.folder).open("a: 1\n")
 
 
-def test_a_folder_of_another_configuration_is_refused(store):
-    store.close()
-    with pytest.raises(ConfigError, match="another configuration"):
-        RunStore(store.folder).open("a: 2\n")
+def test_a_folder_of_other_samples_is_refused_and_other_settings_are_not(tmp_path):
+    def reopen(config_yaml: str) -> None:
+        store = RunStore(tmp_path / "run")
+        store.open(config_yaml)
+        store.close()
+
+    reopen("task: {seed: 0}\nrollout: {n: 4, concurrency: 8}\n")
+    reopen("task: {seed: 0}\nrollout: {n: 4, concurrency: 2}\n")
+    with pytest.raises(ConfigError, match=r"another task, rollout\.n"):
+        reopen("task: {seed: 1}\nrollout: {n: 5, concurrency: 2}\n")
+
+
+def test_two_folders_of_one_name_are_two_runs(tmp_path):
+    assert RunStore(tmp_path / "a" / "run").run_id != RunStore(tmp_path / "b" / "run").run_id
+    assert RunStore(tmp_path / "a" / "run").run_id.startswith("run-")
 
 
 def test_failures_are_kept_line_by_line(store):

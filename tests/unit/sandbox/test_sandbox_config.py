@@ -17,7 +17,6 @@ NOBODY = "unix:///no/such/docker.sock"
         ("backend", {"backend": "podman"}),
         ("network", {"network": "host"}),
         ("max_starts", {"max_starts": 0}),
-        ("exec_timeout_s", {"exec_timeout_s": 0.0}),
         ("start_timeout_s", {"start_timeout_s": -1.0}),
         ("limits.memory_bytes", {"limits": SandboxLimits(memory_bytes=1)}),
         ("limits.cpus", {"limits": SandboxLimits(cpus=0)}),

@@ -88,7 +88,7 @@ async def test_leaving_early_forges_nothing(toy_task: Task) -> None:
 
 
 async def test_hanging_tests_are_the_agents_failure(toy_task: Task) -> None:
-    verdict = await grade_locally(toy_task, prepended(toy_task, "while True: pass"), test_timeout_s=1.5)
+    verdict = await grade_locally(toy_task, prepended(toy_task, "while True: pass"), test_timeout_s=6.0)
     assert (verdict.reward, verdict.reason) == (0.0, "tests timed out")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from thunder_rollout.agent.chat import ChatFormat
-from thunder_rollout.agent.config import AgentConfig
+from thunder_rollout.agent.config import SYSTEM_PROMPT, AgentConfig
 from thunder_rollout.agent.loop import AgentLoop, TurnResult
 from thunder_rollout.agent.trajectory import EndReason
 from thunder_rollout.engine.protocol import Generation, Sampling
@@ -62,11 +62,11 @@ def playback(outputs: Iterable[str]) -> Callable[[str], ExecResult]:
     return lambda command: ExecResult(exit_code=0, output=next(left), timed_out=False, took_s=0.1)
 
 
-async def test_a_transcript_is_the_episode_the_loop_would_record() -> None:
+async def test_a_transcript_is_the_episode_the_loop_would_record(tmp_path: Path) -> None:
     transcripts, tokenizers = recipe_module("transcripts"), recipe_module("tokenizer")
     made = list(transcripts.transcripts("test", "easy", 12, mistake_share=0.5))
     texts = [text for transcript in made for text in transcripts.transcript_texts(transcript)]
-    tokenizer = tokenizers.learn_tokenizer(texts, 600, phrases=tokenizers.PHRASES)
+    tokenizer = tokenizers.learn_tokenizer(texts, 600, [SYSTEM_PROMPT], tmp_path)
     chat = ChatFormat(tokenizer)
     for transcript in made:
         tokenised = transcripts.tokenise(transcript, chat, tokenizer)
