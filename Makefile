@@ -21,8 +21,8 @@ bench: setup  ## compare the scheduling policies on two real CPU engines (25 min
 test: setup  ## everything this machine can test: unit, docker, ray, vllm, verl
 	@$(VENV)/bin/python -m pytest tests $(ARGS)
 
-test-unit: setup  ## no Ray, no vLLM, no Docker: under a minute
-	@$(VENV)/bin/python -m pytest tests/unit $(ARGS)
+test-unit: setup  ## the quick ones, without Ray, vLLM or Docker: under a minute
+	@$(VENV)/bin/python -m pytest tests/unit -m "not slow" $(ARGS)
 
 coverage: setup  ## branch coverage of the core by its own unit tests
 	@$(VENV)/bin/python -m pytest tests/unit/core -q --cov --cov-report=term

@@ -16,6 +16,8 @@ from thunder_rollout.errors import EngineDied
 from thunder_rollout.runtime.client import LocalScheduler
 from thunder_rollout.runtime.service import SchedulerService
 
+pytestmark = pytest.mark.slow
+
 WORKLOAD = WorkloadConfig(prompt_tokens=300, observation_tokens=150, output_tokens=30, num_turns=8, tool_s=0.1)
 ENGINE = EngineConfig(model="fake", kind="fake", kv_cache_tokens=16_384, max_model_len=8_192)
 

@@ -43,6 +43,8 @@ from thunder_rollout.core.events import (
 from thunder_rollout.core.harness import Harness, replay
 from thunder_rollout.errors import BadEvent
 
+pytestmark = pytest.mark.slow
+
 PROGRAMS = st.sampled_from([f"p{index}" for index in range(8)])
 BACKENDS = st.sampled_from(["a", "b", "c"])
 TOKENS = st.integers(1, 1200) | st.integers(1, 300)

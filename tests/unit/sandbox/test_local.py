@@ -20,6 +20,8 @@ from thunder_rollout.errors import SandboxFailed
 from thunder_rollout.sandbox.local import LocalSandbox, local_unavailable, sweep_local
 from thunder_rollout.sandbox.protocol import SandboxSpec
 
+pytestmark = pytest.mark.slow
+
 RUN = f"test-local-{os.getpid()}"
 IN_CI = os.environ.get("CI") == "true"
 

@@ -16,6 +16,8 @@ from thunder_rollout.sandbox.host import SandboxHost
 from thunder_rollout.sandbox.local import LocalSandbox, local_unavailable
 from thunder_rollout.sandbox.protocol import SandboxSpec
 
+pytestmark = pytest.mark.slow
+
 needs_local = pytest.mark.skipif(bool(local_unavailable()), reason=local_unavailable() or "")
 
 

@@ -13,6 +13,8 @@ from thunder_rollout.engine.model import EngineShape, EngineTiming
 from thunder_rollout.sim.cache import SharedRun
 from thunder_rollout.sim.engine import RunEngine, SimEngine, SimTurn
 
+pytestmark = pytest.mark.slow
+
 BLOCK_SIZE = 16
 TIMINGS = {
     "plain": EngineTiming(),

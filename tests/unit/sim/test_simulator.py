@@ -17,6 +17,8 @@ from thunder_rollout.sim.profiles import EngineProfile
 from thunder_rollout.sim.simulator import Setup, Simulation, Window
 from thunder_rollout.sim.workloads import make_workload, short_tools
 
+pytestmark = pytest.mark.slow
+
 WORKLOAD = short_tools(
     WorkloadConfig(prompt_tokens=300, observation_tokens=150, output_tokens=30, num_turns=8, tool_s=0.1)
 )

@@ -18,6 +18,8 @@ from thunder_rollout.sim.config import SimulateConfig
 from thunder_rollout.sim.report import simulate
 from thunder_rollout.sim.sweep import run_sweep
 
+pytestmark = pytest.mark.slow
+
 OVERRIDES = [
     "loads=[0.5,3]",
     "policies=[sticky,capped,thunder]",

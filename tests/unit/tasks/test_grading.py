@@ -15,6 +15,8 @@ from thunder_rollout.tasks.environment import sandbox_spec, started
 from thunder_rollout.tasks.grading import Grade, GradingConfig, grade
 from thunder_rollout.tasks.task import Task
 
+pytestmark = pytest.mark.slow
+
 pytestmark = pytest.mark.usefixtures("local_sandboxes")
 
 

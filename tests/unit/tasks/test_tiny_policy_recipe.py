@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+pytestmark = pytest.mark.slow
+
 RECIPE = Path(__file__).parents[3] / "recipes" / "tiny_policy"
 
 
