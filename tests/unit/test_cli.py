@@ -8,6 +8,8 @@ import pytest
 from thunder_rollout.cli import main
 from thunder_rollout.engine.random_model import write_preset
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):

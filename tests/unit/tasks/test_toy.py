@@ -18,6 +18,8 @@ from thunder_rollout.tasks.toy import DIFFICULTIES, TOY_IMAGE, generate
 from thunder_rollout.tasks.toy.generator import problem_stream
 from thunder_rollout.tasks.toy.problem import ToyProblem
 
+pytestmark = pytest.mark.slow
+
 
 def sh(command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
