@@ -84,6 +84,14 @@ def test_the_block_size_may_be_said() -> None:
         shell.send(BackendUp(backend="c", generation=1, capacity_tokens=100, max_running=8, block_size=0))
 
 
+def test_more_hashes_than_tokens_are_not_believed() -> None:
+    shell = adaptive()
+    shell.ask("p", 3, block_hashes=(1, 2, 3, 4))
+    assert demand(shell) == 3
+    shell.ask("q", 40, block_hashes=blocks(1, 2))
+    assert demand(shell) == 43, "two blocks of 16 and 8 tokens"
+
+
 def test_hashes_that_are_no_hashes_change_nothing() -> None:
     shell = adaptive()
     with pytest.raises(BadEvent, match="block_hashes"):

@@ -159,10 +159,10 @@ class Ledger:
     def accept(self, request: TurnRequested) -> TurnRequested:
         """Take the request's hashes in. Raises `BadEvent` for hashes that are not."""
         hashes = request.block_hashes
-        if hashes and self.block_size is None:
+        if hashes and self.block_size is None and len(hashes) <= request.prompt_tokens:
             self._set_block_size(2 ** ((request.prompt_tokens // len(hashes)).bit_length() - 1))
         program = self.programs.get(request.program)
-        if not hashes or len(hashes) * (self.block_size or 0) > request.prompt_tokens:
+        if not hashes or self.block_size is None or len(hashes) * self.block_size > request.prompt_tokens:
             if request.program in self.tree:
                 self.tree.remove(request.program)
         else:
