@@ -47,7 +47,7 @@ class BenchConfig:
     ray: RayConfig = field(default_factory=RayConfig)
     runs_dir: str = "runs"
     num_engines: int = 2
-    policies: list[str] = field(default_factory=lambda: ["sticky", "capped", "thunder"])
+    policies: list[str] = field(default_factory=lambda: ["sticky", "capped", "thunder", "adaptive"])
     loads: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0, 4.0])
     extra_policies: list[str] = field(default_factory=lambda: ["round_robin", "cache_aware"])
     extra_loads: list[float] = field(default_factory=lambda: [4.0])

@@ -42,8 +42,10 @@ class ThunderConfig:
 class AdaptiveConfig:
     """The policy `adaptive`; what it can learn it learns, so these are bounds and priors."""
 
-    admit_watermark: float = 0.9  # admit while demand, now and as projected, is within this share of capacity
-    high_watermark: float = 0.95  # release programs while demand is above this share
+    admit_watermark: float = 0.95  # admit while demand is within this share of capacity
+    high_watermark: float = 0.98  # release programs while demand is above this share
+    least_fill: float = 0.6  # share that the projected peak may reach where one more program gains nothing,
+    most_fill: float = 1.0  # and where throughput is in proportion to their number; between them linear
     prior_growth: float = 0.5  # a context is expected to grow by this share until programs of its kind have ended
     decay_base: float = 2.0  # x: before a tool was seen, x^-t is the share of its calls still running after t
     decay_unit_s: float = 1.0  # the unit of t
@@ -54,7 +56,7 @@ class AdaptiveConfig:
     load_weight: float = 1.0  # of the seconds a backend's load costs against seconds of prefill, in placing
     group_weight_s: float = 60.0  # a group that is nearly complete goes ahead of those so many seconds older
     patience_s: float = 5.0  # after this in the queue a program that fits nowhere has a backend kept for it
-    lookahead: int = 8  # waiting programs looked at, in order, when room comes free
+    lookahead: int = 16  # waiting programs looked at, in order, when room comes free
     max_refill_share: float = 0.5  # of a backend's capacity that may be in recomputation at once
     rebalance_on_update: bool = True  # give up all places when weights update: caches are void, moving is free
 
@@ -62,6 +64,9 @@ class AdaptiveConfig:
         admit, high = self.admit_watermark, self.high_watermark
         _require(0 < high <= 2, "adaptive.high_watermark", high, "in (0, 2]")
         _require(0 < admit <= high, "adaptive.admit_watermark", admit, "in (0, high_watermark]")
+        least, most = self.least_fill, self.most_fill
+        _require(0 < most <= 2, "adaptive.most_fill", most, "in (0, 2]")
+        _require(0 < least <= most, "adaptive.least_fill", least, "in (0, most_fill]")
         _require(self.decay_base > 1, "adaptive.decay_base", self.decay_base, "> 1")
         _require(0 < self.forgetting <= 1, "adaptive.forgetting", self.forgetting, "in (0, 1]")
         _require(self.lookahead >= 1, "adaptive.lookahead", self.lookahead, ">= 1")
@@ -135,7 +140,7 @@ class CacheAwareConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
-    policy: str = "thunder"
+    policy: str = "adaptive"
     tick_s: float = 5.0  # dt
     max_wait_s: float = 600.0  # after this in the queue nobody younger goes ahead
     lease_s: float | None = None  # a program silent for so long is terminated; longer than any turn or tool call

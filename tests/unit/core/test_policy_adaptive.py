@@ -112,7 +112,7 @@ def test_output_that_is_expected_is_reserved_while_the_turn_runs() -> None:
 def test_growth_to_come_is_reserved_for_new_programs() -> None:
     shell = adaptive(prior_growth=0.5)
     assert who(shell.ask("p", 400)) == ["p"]
-    assert who(shell.ask("q", 260)) == [], "400 + 260 fit, but with half as much again they do not"
+    assert who(shell.ask("q", 360)) == [], "400 + 360 fit, but with half as much again they do not"
     assert who(shell.ask("r", 190)) == ["r"]
 
 

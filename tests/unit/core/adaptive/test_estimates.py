@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from thunder_rollout.core.policies.adaptive import groups
 from thunder_rollout.core.policies.adaptive.groups import Groups
-from thunder_rollout.core.policies.adaptive.growth import Growth, Projection
+from thunder_rollout.core.policies.adaptive.growth import Growth
 from thunder_rollout.core.policies.adaptive.prefill_model import PrefillModel, ServiceClock
 from thunder_rollout.core.policies.adaptive.return_times import ReturnTimes, Survival
 
@@ -102,37 +102,56 @@ def test_a_turn_is_served_its_even_share() -> None:
     assert clock.served_s == 2.0 + 1.0 + 1.0
 
 
-def test_contexts_are_expected_to_end_where_their_kind_did() -> None:
+POINTS = (0.0, 250.0, 1000.0, 4000.0, 8000.0)
+
+
+def test_a_context_is_expected_to_end_where_those_of_its_kind_did() -> None:
     growth = Growth(prior_growth=0.5)
-    assert growth.remaining_tokens("swe", 1000) == 500
+    assert growth.curve("swe", 1000, POINTS) == [1000, 1250, 0, 0, 0], "half as much again, then it ends"
     for final in (1000, 2000, 6000):
         growth.add_end("swe", final)
-    growth.add_turn("swe", 70)
-    assert growth.remaining_tokens("swe", 500) == 2500
-    assert growth.remaining_tokens("swe", 1500) == 2500
-    assert growth.remaining_tokens("swe", 9000) == 70
-    assert growth.remaining_tokens("other", 1000) == 500
-    assert growth.output_tokens("other") == 70
+    growth.add_turn("swe", 300)
+    assert growth.curve("swe", 900, POINTS) == pytest.approx([900, 1150 * 2 / 3, 1900 * 2 / 3, 4900 / 3, 0])
+    assert growth.curve("swe", 5000, POINTS) == [5000, 5250, 0, 0, 0]
+    assert growth.curve("swe", 9000, POINTS) == [9000, 9250, 0, 0, 0], "longer than any: a turn more at most"
+    assert growth.curve("other", 1000, POINTS) == [1000, 1250, 0, 0, 0]
+    assert growth.output_tokens("other") == 300
 
 
 def test_only_recent_ends_are_remembered() -> None:
     growth = Growth(prior_growth=0.5)
     for final in (*range(100, 400), *[5000] * 256):
         growth.add_end(None, final)
-    assert growth.remaining_tokens(None, 100) == 4900
+    assert growth.curve(None, 100, POINTS) == [100, 350, 1100, 4100, 0]
 
 
-PROGRAMS = st.lists(st.tuples(st.integers(1, 1000), st.integers(0, 1000)), max_size=8)
+@given(finals=st.lists(st.integers(1, 9000), max_size=20), context=st.integers(1, 9000))
+def test_a_curve_starts_at_the_context_and_never_passes_certain_growth(finals: list[int], context: int) -> None:
+    growth = Growth(prior_growth=0.5)
+    for final in finals:
+        growth.add_end(None, final)
+    curve = growth.curve(None, context, POINTS)
+    assert curve[0] == context
+    assert all(0 <= tokens <= context + point for tokens, point in zip(curve, POINTS, strict=True))
 
 
-@given(programs=PROGRAMS, joining=st.tuples(st.integers(1, 1000), st.integers(0, 1000)))
-def test_the_projected_peak_is_that_of_all_growing_at_one_pace(
-    programs: list[tuple[int, int]], joining: tuple[int, int]
-) -> None:
-    everyone = [*programs, joining]
-    moments = [0, *(remaining for _, remaining in everyone)]
-    peak = max(sum(c + at for c, remaining in everyone if remaining >= at) for at in moments)
-    assert Projection(programs).peak_tokens(*joining) == peak
+@pytest.mark.parametrize("crowded_share", [0.0, 0.5, 1.0])
+def test_crowding_is_the_share_of_a_step_that_grows_with_the_batch(crowded_share: float) -> None:
+    rng = random.Random(3)
+    model = PrefillModel(prior_token_s=1e-4, forgetting=0.995)
+    assert model.crowding == 1.0, "careful before anything was seen"
+    for _ in range(400):
+        uncached, output, beside = rng.randrange(100, 900), rng.randrange(20, 200), rng.uniform(6, 14)
+        step_s = 0.01 * (1 - crowded_share + crowded_share * beside / 10)
+        duration_s = (2e-5 * uncached + output * step_s) * rng.uniform(0.9, 1.1)
+        model.add(
+            uncached_tokens=uncached,
+            prompt_tokens=5000,
+            output_tokens=output,
+            duration_s=duration_s,
+            service_s=duration_s / beside,
+        )
+    assert model.crowding == pytest.approx(crowded_share, abs=0.25), "but for the pull of the prior"
 
 
 def test_a_group_is_as_complete_as_its_ended_share(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from thunder_rollout.core.events import (
     WeightsUpdated,
 )
 from thunder_rollout.core.policies.adaptive.groups import Groups
-from thunder_rollout.core.policies.adaptive.growth import Growth, Projection
+from thunder_rollout.core.policies.adaptive.growth import Growth
 from thunder_rollout.core.policies.adaptive.prefill_model import PrefillModel, ServiceClock
 from thunder_rollout.core.policies.adaptive.return_times import ReturnTimes
 from thunder_rollout.core.policies.base import ProgramView
@@ -32,6 +32,7 @@ from thunder_rollout.core.prefix import PrefixTree
 from thunder_rollout.core.program import Phase, Status
 
 _CUT = (FinishReason.ABORT, FinishReason.ERROR)
+_POINTS = (0.0, *(2.0 ** (exponent / 2) for exponent in range(-20, -1)))  # growth, as shares of capacity
 _UNSIZED_BLOCKS = 2**40  # a pool's bound while no block size is known
 
 
@@ -66,6 +67,7 @@ class ProgramAccount:
     last_tool: str | None = None
     group: str | None = None
     runs: dict[int, Run] = field(default_factory=dict)
+    curve: list[float] = field(default_factory=list)  # charged: see `BackendAccount.curve`
 
 
 @dataclass(slots=True)
@@ -82,7 +84,8 @@ class BackendAccount:
     refill_tokens: int = 0  # expected in turns in flight that compute again what was computed before
     odometer_tokens: float = 0.0  # ever prefilled or produced here
     mean_turn_s: float = 0.0  # of wall time
-    projection: Projection | None = None
+    points: tuple[float, ...] = ()  # growth in tokens at which `curve` looks ahead
+    curve: list[float] = field(default_factory=list)  # tokens expected in use as its programs grow and leave
     last_load: tuple[float, int, int] = (0.0, 0, 0)  # demand, turns in flight, refill when last looked at
 
 
@@ -102,6 +105,8 @@ class Ledger:
         )
         self._fleet_model = self._new_model()
         self.groups = Groups()
+        self.mean_absence_s = 0.0  # a running mean over all tools
+        self._num_absences = 0
         self._ended: dict[int, Run] = {}
 
     # Questions
@@ -141,6 +146,14 @@ class Ledger:
         """The backend's own once it has seen enough, the fleet's before."""
         return backend.model if backend.model.num_turns >= self._config.min_turns else self._fleet_model
 
+    def gain(self, account: BackendAccount) -> float:
+        """By which share throughput grows with the programs bound: d ln X / d ln n of the closed loop
+        X = n / (Z + D), with the tools' time Z and the turns' D, of which `crowding` grows with n."""
+        absence_s, turn_s = self.mean_absence_s, account.mean_turn_s
+        if not turn_s:
+            return 1.0
+        return (absence_s + turn_s * (1.0 - self.model(account).crowding)) / (absence_s + turn_s)
+
     def absence_s(self, program_id: str) -> float:
         """Expected seconds until its next request: of the tool call it is in, or of the one that comes next."""
         program = self.programs[program_id]
@@ -151,8 +164,15 @@ class Ledger:
             return program.expected_s - elapsed_s
         return self.return_times.of(program.tool).remaining_s(elapsed_s)
 
-    def remaining_tokens(self, program_id: str, context_tokens: int) -> float:
-        return self.growth.remaining_tokens(self.programs[program_id].kind, context_tokens)
+    def peak_tokens(self, program: ProgramView, backend: BackendAccount, added_tokens: float) -> float:
+        """The most that the backend is expected to need at once if the program joins: all grow at one
+        pace, and leave as programs of their kind did."""
+        kind, curve, points = self.programs[program.program_id].kind, backend.curve, backend.points
+        joining = self.growth.curve(kind, program.context_tokens, points)
+        shared = curve[0] - self.tree.unique_blocks(backend.name) * (self.block_size or 0) - backend.private_tokens
+        kept = max(0.0, 1.0 - shared / curve[0]) if curve[0] > 0 else 1.0
+        fresh = added_tokens / max(1, program.context_tokens)
+        return max(kept * bound + min(1.0, fresh) * tokens for bound, tokens in zip(curve, joining, strict=True))
 
     # Events
 
@@ -189,6 +209,10 @@ class Ledger:
             self.tree.bind(program.program_id, program.backend)
         hashed = self.tree.num_blocks(program.program_id) * (self.block_size or 0)
         account.context_tokens = program.context_tokens
+        account.curve = []
+        if program.backend is not None and not program.marked:
+            points = self.backends[program.backend].points
+            account.curve = self.growth.curve(account.kind, program.context_tokens, points)
         account.private_tokens = max(0, program.context_tokens - hashed)
         account.num_in_flight = program.num_in_flight
         account.reserve_tokens = sum(
@@ -263,7 +287,10 @@ class Ledger:
         """Note when it began acting, and learn from it when it comes back."""
         acting_since_s = program.acting_since_s if program.phase is Phase.ACTING else None
         if account.acting_since_s is not None and acting_since_s is None:
-            self.return_times.add(account.tool, self.now - account.acting_since_s, returned=program.has_open)
+            acted_s = self.now - account.acting_since_s
+            self.return_times.add(account.tool, acted_s, returned=program.has_open)
+            self._num_absences += 1
+            self.mean_absence_s += (acted_s - self.mean_absence_s) / min(self._num_absences, 256)
             account.last_tool, account.tool, account.expected_s = account.tool, None, None
         account.acting_since_s = acting_since_s
 
@@ -276,9 +303,11 @@ class Ledger:
         backend.reserve_tokens += sign * account.reserve_tokens
         backend.num_bound += sign
         backend.clock.num_in_flight += sign * account.num_in_flight
-        if not backend.num_bound:
-            backend.reserve_tokens = 0.0  # what rounding left
-        backend.projection = None
+        if account.curve:
+            backend.curve = [total + sign * tokens for total, tokens in zip(backend.curve, account.curve, strict=True)]
+        if not backend.num_bound:  # what rounding left
+            backend.reserve_tokens = 0.0
+            backend.curve = [0.0] * len(backend.points)
         self.touched[backend.name] = None
 
     def _end_run(self, grant: int, run: Run) -> None:
@@ -363,5 +392,8 @@ class Ledger:
             self._size_pool(account)
 
     def _size_pool(self, account: BackendAccount) -> None:
+        if not account.num_bound:
+            account.points = tuple(share * account.capacity_tokens for share in _POINTS)
+            account.curve = [0.0] * len(_POINTS)
         max_blocks = account.capacity_tokens // self.block_size if self.block_size else _UNSIZED_BLOCKS
         self.tree.add_backend(account.name, max_blocks)

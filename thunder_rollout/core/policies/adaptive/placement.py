@@ -5,8 +5,10 @@ there ask of it. Where that is equal, the fewest turns in flight, then the name,
 last backend wins ties. Only a few backends are looked at: those with the least load, those with the
 most room, those that hold the program's prefix, and its last one.
 
-Room is judged twice: demand with the program must be within the watermark now, and so must the most
-that all programs bound there are projected to need at once before they end.
+Room is judged twice. Demand with the program must be within `admit_watermark` now, and the most that
+all programs there are expected to need at once, as they grow and leave, within a share of capacity
+between `least_fill` and `most_fill`: passing it means computing something again, which pays where one
+more program adds to throughput, and does not where the engine is busy anyway.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ from collections.abc import Collection, Iterator
 from itertools import islice
 
 from thunder_rollout.core.config import AdaptiveConfig
-from thunder_rollout.core.policies.adaptive.growth import Projection
 from thunder_rollout.core.policies.adaptive.ledger import BackendAccount, Ledger
 from thunder_rollout.core.policies.base import ProgramView, View
 
@@ -84,7 +85,7 @@ class Placer:
             if name in kept or name not in view.backends or view.backends[name].updating:
                 continue
             account = self._ledger.backends[name]
-            if not view.backends[name].fits(program.context_tokens) or not self.has_room(view, program, account):
+            if not view.backends[name].fits(program.context_tokens) or not self.has_room(program, account):
                 continue
             cost = self._cost(program, account)
             if best_cost is None or cost < best_cost:
@@ -100,32 +101,22 @@ class Placer:
     def roomiest(self) -> list[str]:
         return list(islice(self._by_room, NUM_PROBES))
 
-    def has_room(self, view: View, program: ProgramView, account: BackendAccount) -> bool:
-        ledger, limit = self._ledger, self._config.admit_watermark * account.capacity_tokens
+    def has_room(self, program: ProgramView, account: BackendAccount) -> bool:
         if account.clock.num_in_flight + len(program.pending) > account.max_running:
             return False
         if program.ran and account.refill_tokens + program.context_tokens > max(
             program.context_tokens, self._config.max_refill_share * account.capacity_tokens
         ):
             return False
-        added = ledger.added_tokens(program, account.name)
-        demand = ledger.demand_tokens(account)
-        if demand + added > limit:
-            return False
-        remaining = ledger.remaining_tokens(program.program_id, program.context_tokens)
-        projection = self.projection(view, account)
-        shared = max(0.0, projection.now_tokens - demand)
-        return projection.peak_tokens(added, remaining) - shared <= limit
+        return self.missing_tokens(program, account) <= 0
 
-    def projection(self, view: View, account: BackendAccount) -> Projection:
-        if account.projection is None:
-            ledger = self._ledger
-            account.projection = Projection(
-                (program.context_tokens, ledger.remaining_tokens(program_id, program.context_tokens))
-                for program_id, program in view.backends[account.name].programs.items()
-                if not program.marked
-            )
-        return account.projection
+    def missing_tokens(self, program: ProgramView, account: BackendAccount) -> float:
+        """What would have to be given up there for the program to have room; not above 0 if it has."""
+        config, ledger = self._config, self._ledger
+        added = ledger.added_tokens(program, account.name)
+        now = ledger.demand_tokens(account) + added - config.admit_watermark * account.capacity_tokens
+        share = config.least_fill + (config.most_fill - config.least_fill) * ledger.gain(account)
+        return max(now, ledger.peak_tokens(program, account, added) - share * account.capacity_tokens)
 
     def _candidates(self, program: ProgramView) -> dict[str, None]:
         ledger = self._ledger

@@ -16,7 +16,6 @@ The tick re-examines what only time changes, a slice of the backends at a time.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from itertools import islice
 
 from thunder_rollout.core.config import AdaptiveConfig
@@ -33,21 +32,12 @@ MAX_PLACEMENTS = 512  # programs placed, or given up for an update, by one event
 _SHORTEST_ABSENCE_S = 1e-3
 
 
-@dataclass(slots=True)
-class _Blocked:
-    """The first waiting program that found no room."""
-
-    program: str
-    context_tokens: int
-    arrived_s: float
-
-
 class AdaptivePolicy(PolicyBase):
     def __init__(self, config: AdaptiveConfig) -> None:
         self._config = config
         self._ledger = Ledger(config)
         self._placer = Placer(config, self._ledger)
-        self._blocked: _Blocked | None = None
+        self._blocked: ProgramView | None = None  # the first waiting program that found no room
         self._last_blocked: str | None = None  # for whom room was last looked for
         self._updating: list[str] = []  # backends whose programs are to be given up
         self._examine: dict[str, None] = {}
@@ -130,7 +120,7 @@ class AdaptivePolicy(PolicyBase):
                 return Placement(program.program_id, name)
             no_room_for[program.program_id] = None
             if self._blocked is None:
-                self._blocked = _Blocked(program.program_id, program.context_tokens, program.arrived_s)
+                self._blocked = program
             if now - since_s >= self._config.patience_s:
                 keep = self._placer.keep(view, program, kept)
                 if keep is not None:
@@ -158,7 +148,7 @@ class AdaptivePolicy(PolicyBase):
     def _to_examine(self, view: View, *, tick: bool) -> list[str]:
         self._refresh(view)
         names, self._examine = self._examine, {}
-        blocked = self._blocked.program if self._blocked is not None else None
+        blocked = self._blocked.program_id if self._blocked is not None else None
         if blocked != self._last_blocked:
             names.update(dict.fromkeys(self._placer.roomiest()))
         self._last_blocked = blocked
@@ -191,8 +181,7 @@ class AdaptivePolicy(PolicyBase):
             if program.phase is Phase.ACTING and self._is_waste(program, backend, account):
                 programs.append(program)
                 items.append(self._item(program, account))
-        limit = self._config.admit_watermark * account.capacity_tokens
-        need = self._ledger.demand_tokens(account) + blocked.context_tokens - limit
+        need = self._placer.missing_tokens(blocked, account)
         if need <= 0 or sum(item.tokens for item in items) < need:
             return []
         return [programs[index].program_id for index in choose(items, need)]

@@ -1,17 +1,21 @@
 """What a turn costs its engine, learned on line (tokens, seconds):
 
-    duration = a + b x uncached + c x uncached x context + d x output x turns beside it
+    duration = a + b x uncached + c x uncached x context + d x output + e x output x turns beside it
 
 An engine prefills a turn's tokens for itself alone but decodes all turns together, so b and c are
 seconds of the whole engine. `ServiceClock` advances by dt / (turns in flight): how far it went while
 a turn ran is the turn's even share of the engine, its service, and duration / service the turns
-beside it. Discounted least squares, from a prior.
+beside it. Discounted least squares of the relative error, from a prior.
+
+How much of the time to decode grows with the turns beside it is the engine's `crowding`: 0 where one
+more costs the others nothing, 1 where it takes from them all that it gets.
 """
 
 from __future__ import annotations
 
 _SCALE_TOKENS = 1000.0  # features are in thousands of tokens, so that all are of one order
-_NUM_FEATURES = 4
+_NUM_FEATURES = 5
+_LEAST_DURATION_S = 1e-6
 _TURNS_A_FIT = 8  # the fit follows so many turns behind
 _RIDGE = 0.01  # pull towards the even cost, as a share of what was seen
 
@@ -42,24 +46,29 @@ class PrefillModel:
         self._products = [[0.0] * _NUM_FEATURES for _ in range(_NUM_FEATURES)]  # discounted sums of x x^T
         self._targets = [0.0] * _NUM_FEATURES  # of x y
         self._linear, self._quadratic = prior_token_s * _SCALE_TOKENS, 0.0
+        self._crowding = 1.0
         self._num_unsolved = 0
         self.mean_turn_s = 0.0  # of service, a running mean
+        self.mean_beside = 1.0  # turns in flight, itself included, a running mean
         self.num_turns = 0
 
     def add(
         self, *, uncached_tokens: int, prompt_tokens: int, output_tokens: int, duration_s: float, service_s: float
     ) -> None:
-        uncached = uncached_tokens / _SCALE_TOKENS
-        shared = output_tokens / _SCALE_TOKENS * (duration_s / service_s if service_s > 0 else 1.0)
-        features = (1.0, uncached, shared, uncached * prompt_tokens / _SCALE_TOKENS)
+        uncached, output = uncached_tokens / _SCALE_TOKENS, output_tokens / _SCALE_TOKENS
+        beside = duration_s / service_s if service_s > 0 else 1.0
+        duration_s = max(duration_s, _LEAST_DURATION_S)
+        terms = (1.0, uncached, output * beside, uncached * prompt_tokens / _SCALE_TOKENS, output)
+        features = [term / duration_s for term in terms]
         forgetting = self._forgetting
         for row, feature in zip(self._products, features, strict=True):
             for index, other in enumerate(features):
                 row[index] = forgetting * row[index] + feature * other
-        self._targets = [forgetting * t + f * duration_s for t, f in zip(self._targets, features, strict=True)]
+        self._targets = [forgetting * t + f for t, f in zip(self._targets, features, strict=True)]
         self.num_turns += 1
         self._num_unsolved += 1
         self.mean_turn_s += (service_s - self.mean_turn_s) / min(self.num_turns, 100)
+        self.mean_beside += (beside - self.mean_beside) / min(self.num_turns, 100)
 
     def prefill_s(self, uncached_tokens: float, context_tokens: float) -> float:
         """Seconds of the engine to prefill `uncached_tokens` of a context."""
@@ -68,24 +77,39 @@ class PrefillModel:
         uncached = uncached_tokens / _SCALE_TOKENS
         return uncached * (self._linear + self._quadratic * context_tokens / _SCALE_TOKENS)
 
+    @property
+    def crowding(self) -> float:
+        """Share of the time to decode that grows with the turns beside it, in [0, 1]."""
+        if self._num_unsolved >= _TURNS_A_FIT:
+            self._fit()
+        return self._crowding
+
     def _fit(self) -> None:
         """Least squares, held towards a turn whose every token costs the same. A term that comes out
         negative is not there."""
         self._num_unsolved = 0
-        num_turns, tokens = self._products[0][0], self._products[0][1] + self._products[0][2]
+        tokens = self._products[0][1] + self._products[0][2]
         even = self._targets[0] / tokens if tokens > 0 else self._prior_token_s * _SCALE_TOKENS
-        centre = [0.0, even, even, 0.0]
-        for num_features in (_NUM_FEATURES, _NUM_FEATURES - 1):
-            ridge = [_RIDGE * self._products[index][index] + 1e-9 * num_turns for index in range(num_features)]
-            matrix = [row[:num_features] for row in self._products[:num_features]]
-            target = [t + r * c for t, r, c in zip(self._targets, ridge, centre, strict=False)]
-            for index, extra in enumerate(ridge):
-                matrix[index][index] += extra
-            weights = _solve(matrix, target)
-            self._linear, self._quadratic = weights[1], weights[3] if num_features == _NUM_FEATURES else 0.0
-            if self._linear > 0 and self._quadratic >= 0:
-                return
-        self._linear, self._quadratic = max(self._linear, even / 10), 0.0
+        centre = (0.0, even, even, 0.0, 0.0)
+        kept = list(range(_NUM_FEATURES))
+        while True:
+            weights = dict(zip(kept, self._solve(kept, centre), strict=True))
+            negative = [index for index in kept[1:] if weights[index] < 0]
+            if not negative:
+                break
+            kept.remove(negative[-1])
+        self._linear, self._quadratic = max(weights.get(1, 0.0), even / 10), weights.get(3, 0.0)
+        alone, crowded = weights.get(4, 0.0), weights.get(2, 0.0) * self.mean_beside
+        self._crowding = crowded / (alone + crowded) if alone + crowded > 0 else 1.0
+
+    def _solve(self, kept: list[int], centre: tuple[float, ...]) -> list[float]:
+        matrix = [[self._products[row][column] for column in kept] for row in kept]
+        target = [self._targets[row] for row in kept]
+        for position, index in enumerate(kept):
+            ridge = _RIDGE * self._products[index][index] + 1e-9 * self._products[0][0]
+            matrix[position][position] += ridge
+            target[position] += ridge * centre[index]
+        return _solve(matrix, target)
 
 
 def _solve(matrix: list[list[float]], target: list[float]) -> list[float]:
