@@ -72,6 +72,16 @@ def _bench() -> int:
     return _hydra_main("bench", BenchConfig, task)
 
 
+def _bench_core() -> int:
+    from thunder_rollout.bench.core import BenchCoreConfig, bench_core
+
+    def task(config: BenchCoreConfig, raw: DictConfig) -> int:
+        bench_core(config)
+        return 0
+
+    return _hydra_main("bench_core", BenchCoreConfig, task)
+
+
 def _simulate() -> int:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
@@ -161,6 +171,7 @@ def _print_summary(summary: dict[str, Any], folder: Path) -> None:
 _COMMANDS: dict[str, tuple[str, Callable[[], int]]] = {
     "rollout": ("roll out tasks x samples; hydra overrides follow (e.g. rollout.n=8 task.count=32)", _rollout),
     "bench": ("compare policies on real engines with small KV pools", _bench),
+    "bench-core": ("measure what the scheduler's decisions cost at the size of a fleet", _bench_core),
     "simulate": ("compare policies in virtual time, beside their bounds", _simulate),
     "calibrate": ("measure an engine and write its profile for simulate", _calibrate),
 }

@@ -8,12 +8,14 @@ from typing import Any
 import yaml
 
 from thunder_rollout.bench.config import BenchConfig
+from thunder_rollout.bench.core import BenchCoreConfig
 from thunder_rollout.config import RolloutConfig, compose_config, conf_dir, to_typed
 from thunder_rollout.sim.config import CalibrateConfig, SimulateConfig
 
 TOP_LEVEL = {
     "rollout": RolloutConfig,
     "bench": BenchConfig,
+    "bench_core": BenchCoreConfig,
     "simulate": SimulateConfig,
     "calibrate": CalibrateConfig,
 }

@@ -34,6 +34,7 @@ class CellResult:
     turn_latency_p95_s: float
     imbalance: float
     cost_shares: dict[str, float]
+    max_programs: int | None = None  # the limit of `capped`
 
 
 @dataclass(slots=True)
@@ -80,6 +81,7 @@ class Cell:
     vocab_size: int
     warmup_s: float
     measure_s: float
+    max_programs: int | None = None
 
     async def run(
         self, scheduler: SchedulerPort, engines: Mapping[str, Engine], *, capacity_tokens: int, block_size: int | None
@@ -131,6 +133,7 @@ class Cell:
             turn_latency_p95_s=latencies[int(0.95 * (len(latencies) - 1))],
             imbalance=statistics.fmean(window.imbalances) if window.imbalances else 0.0,
             cost_shares=asdict(shares.fractions()),
+            max_programs=self.max_programs,
         )
 
 

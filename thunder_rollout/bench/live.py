@@ -112,6 +112,7 @@ class _Bench:
             vocab_size=self._vocab_size,
             warmup_s=config.warmup_s,
             measure_s=config.measure_s,
+            max_programs=max_programs if policy == "capped" else None,
         )
         block_size = next(iter(self._infos.values())).block_size if scheduler_config.uses_block_hashes else None
         try:

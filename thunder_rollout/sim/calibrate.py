@@ -3,16 +3,17 @@
 A step's time is linear in what it does (see `sim.profiles.EngineProfile`), so every measurement is one
 equation: fresh prompts of several lengths give the prefill terms, several turns decoding at once over
 several contexts give the others. The terms are the least-squares solution of the relative errors
-with none below zero. It drives the Engine Protocol alone, one engine by itself: what several
-engines on one machine take from one another is not in it.
+with none below zero. It drives the Engine Protocol alone. Engines that share a machine slow one another
+down: with `num_engines` so many do the same at the same time, and the profile is that of one among them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
+import statistics
 import tempfile
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,9 +29,10 @@ from thunder_rollout.sim.config import CalibrateConfig
 from thunder_rollout.sim.profiles import EngineProfile
 
 PREFILL_TOKENS = (64, 256, 512, 1024, 2048, 4096, 8192, 16384)
-DECODE_TURNS = (1, 2, 4, 8, 16, 32)
+DECODE_TURNS = (1, 2, 4, 8, 16, 32, 64)
 DECODE_CONTEXTS = (256, 1024, 4096)
 OUTPUT_TOKENS = 48
+PREFILL_RUN_TOKENS = 8192  # prompts of one measurement, together
 VOCAB_SIZE = 256  # ids below this exist in every vocabulary
 TERMS = ("step_s", "prefill_token_s", "prefill_context_s", "decode_turn_s", "context_token_s")
 
@@ -58,36 +60,44 @@ async def run_calibration(config: CalibrateConfig) -> str:
         if config.model is not None:
             model = await asyncio.to_thread(write_preset, config.model, Path(scratch) / config.model)
             engine_config = replace(engine_config, model=str(model.path))
-        engine = create_engine(engine_config)
+        engines = [create_engine(engine_config) for _ in range(config.num_engines)]
         try:
-            info = await engine.start()
+            infos = await asyncio.gather(*(engine.start() for engine in engines))
             profile, found = await calibrate(
-                engine,
-                info,
+                engines,
+                infos[0],
                 name=config.name,
                 max_batched_tokens=engine_config.max_num_batched_tokens,
                 vocab_size=VOCAB_SIZE,
                 repeats=config.repeats,
             )
         finally:
-            await engine.stop()
+            await asyncio.gather(*(engine.stop() for engine in engines))
     write_profile(profile, found, Path(config.out))
     return f"{config.out}: mean error {found.mean_error:.1%}\n{Path(config.out).read_text()}"
 
 
 async def calibrate(
-    engine: Engine, info: EngineInfo, *, name: str, max_batched_tokens: int, vocab_size: int, repeats: int
+    engines: Sequence[Engine], info: EngineInfo, *, name: str, max_batched_tokens: int, vocab_size: int, repeats: int
 ) -> tuple[EngineProfile, Fit]:
-    """Measure a started engine that serves nobody else."""
-    bench = _Bench(engine, info, max_batched_tokens, vocab_size)
-    observations = [await _fastest(lambda n=n: bench.prefill(n), repeats) for n in bench.prefill_sizes()]  # type: ignore[misc]
-    for num_turns, context in bench.decode_grid():
-        observations.append(await _fastest(lambda b=num_turns, c=context: bench.decode(b, c), repeats))  # type: ignore[misc]
+    """Measure started engines, all alike, that serve nobody else."""
+    benches = [_Bench(engine, info, max_batched_tokens, vocab_size) for engine in engines]
+    observations = [
+        await _typical([lambda b=b, n=n: b.prefill(n) for b in benches], repeats)  # type: ignore[misc]
+        for n in benches[0].prefill_sizes()
+    ]
+    for num_turns, context in benches[0].decode_grid():
+        prompts = await asyncio.gather(*(bench.cached_prompts(num_turns, context) for bench in benches))
+        runs = [lambda b=b, p=p: b.decode(p) for b, p in zip(benches, prompts, strict=True)]
+        observations.append(await _typical(runs, repeats))
     found = fit(observations)
     terms = found.terms
     profile = EngineProfile(
         name=name,
-        source=f"thunder-rollout calibrate, {len(observations)} measurements, mean error {found.mean_error:.0%}",
+        source=(
+            f"thunder-rollout calibrate, {len(engines)} engines at once, {len(observations)} measurements, "
+            f"mean error {found.mean_error:.0%}"
+        ),
         capacity_tokens=info.capacity_tokens,
         block_size=info.block_size,
         max_running=info.max_running,
@@ -98,7 +108,7 @@ async def calibrate(
         prefill_context_s=terms["prefill_context_s"],
         decode_turn_s=terms["decode_turn_s"],
         context_token_s=terms["context_token_s"],
-        turn_overhead_s=await bench.overhead_s(repeats),
+        turn_overhead_s=await benches[0].overhead_s(repeats),
     )
     return profile, found
 
@@ -137,8 +147,11 @@ def write_profile(profile: EngineProfile, found: Fit, path: Path) -> None:
     path.write_text("\n".join(lines) + "\n" + yaml.safe_dump(values, sort_keys=False))
 
 
-async def _fastest(measure: Callable[[], Awaitable[Observation]], repeats: int) -> Observation:
-    return min([await measure() for _ in range(repeats)], key=lambda observation: observation.seconds)
+async def _typical(measures: Sequence[Callable[[], Awaitable[Observation]]], repeats: int) -> Observation:
+    """Each engine's measure, all at the same time: the mean of their medians over `repeats`."""
+    rounds = [await asyncio.gather(*(measure() for measure in measures)) for _ in range(repeats)]
+    seconds = [statistics.median(one.seconds for one in engine) for engine in zip(*rounds, strict=True)]
+    return replace(rounds[0][0], seconds=statistics.fmean(seconds))
 
 
 class _Bench:
@@ -165,23 +178,30 @@ class _Bench:
         ]
 
     async def prefill(self, num_tokens: int) -> Observation:
-        generation = await self._generate(self._prompt(num_tokens), 1)
-        starts = range(generation.cached_tokens, num_tokens, self._chunk)
-        ends = [min(start + self._chunk, num_tokens) for start in starts]
-        counts = (
-            float(len(ends)),
-            float(num_tokens - generation.cached_tokens),
-            sum((end - start) * (start + end) / 2 for start, end in zip(starts, ends, strict=True)),
-            0.0,
-            float(sum(ends)),
-        )
-        return Observation(f"prefill of {num_tokens}", counts, generation.prefill_s)
+        """Lone prompts, one after the other, for long enough that other engines are busy meanwhile."""
+        count = max(1, PREFILL_RUN_TOKENS // num_tokens)
+        counts, seconds = np.zeros(len(TERMS)), 0.0
+        for _ in range(count):
+            generation = await self._generate(self._prompt(num_tokens), 1)
+            counts += self._prefill_counts(generation.cached_tokens, num_tokens)
+            seconds += generation.prefill_s
+        return Observation(f"prefill of {num_tokens}", tuple(float(n) for n in counts / count), seconds / count)
 
-    async def decode(self, num_turns: int, context: int) -> Observation:
-        """The steps after the last first token, all turns' prompts cached before."""
+    def _prefill_counts(self, cached_tokens: int, num_tokens: int) -> npt.NDArray[np.float64]:
+        starts = range(cached_tokens, num_tokens, self._chunk)
+        ends = [min(start + self._chunk, num_tokens) for start in starts]
+        pairs = sum((end - start) * (start + end) / 2 for start, end in zip(starts, ends, strict=True))
+        return np.array([len(ends), num_tokens - cached_tokens, pairs, 0.0, sum(ends)], dtype=float)
+
+    async def cached_prompts(self, num_turns: int, context: int) -> list[list[int]]:
         prompts = [self._prompt(context) for _ in range(num_turns)]
         for prompt in prompts:
             await self._generate(prompt, 1)
+        return prompts
+
+    async def decode(self, prompts: list[list[int]]) -> Observation:
+        """The steps after the last first token of turns whose prompts are cached."""
+        num_turns, context = len(prompts), len(prompts[0])
         generations = await asyncio.gather(*(self._generate(prompt, OUTPUT_TOKENS) for prompt in prompts))
         steps = OUTPUT_TOKENS - 1
         seconds = sorted(generation.decode_s for generation in generations)[num_turns // 2]

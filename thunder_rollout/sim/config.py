@@ -68,7 +68,7 @@ class SimulateConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrateConfig:
-    """Where to measure an engine and where to write its profile.
+    """Which engine to measure and where to write its profile; `num_engines` of them run at once.
 
     `model` is a preset of engine.random_model, made on the spot; null: `engine.model`.
     """
@@ -77,8 +77,10 @@ class CalibrateConfig:
     model: str | None = "qwen2_3m"
     name: str = "mine"
     out: str = "runs/calibrate/mine.yaml"
-    repeats: int = 3  # of every measurement; the fastest counts
+    num_engines: int = 1
+    repeats: int = 3  # of every measurement; the median counts
 
     def __post_init__(self) -> None:
-        if self.repeats < 1:
-            raise ConfigError(f"repeats={self.repeats!r}: must be at least 1")
+        for name in ("num_engines", "repeats"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: must be at least 1")

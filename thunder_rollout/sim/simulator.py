@@ -35,8 +35,9 @@ MAX_IDLE_TICKS = 10_000  # with no turn, tool or start under way: nobody will ev
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Window:
-    """Warm-up and measurement: by virtual time if `measure_s` is set, else by ended turns. With
-    `num_programs` a fixed set of programs is run to its end and all of it is measured."""
+    """Warm-up and measurement: by virtual time if `measure_s` is set, else by ended turns; the first
+    programs start somewhere in their lives, as in a steady state. With `num_programs` a fixed set of
+    programs is run from its beginning to its end and all of it is measured."""
 
     warmup_turns: int = 0
     measure_turns: int = 0

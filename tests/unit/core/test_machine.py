@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from thunder_rollout.core.config import (
     ThunderConfig,
     TtlConfig,
 )
-from thunder_rollout.core.decisions import Pause
+from thunder_rollout.core.decisions import Decision, Pause, Restore
 from thunder_rollout.core.events import (
     BackendDown,
     BackendStats,
@@ -41,6 +42,8 @@ from thunder_rollout.core.events import (
     Withdrawn,
 )
 from thunder_rollout.core.harness import Harness, replay
+from thunder_rollout.core.policies.adaptive.ledger import Ledger
+from thunder_rollout.core.policies.adaptive.policy import AdaptivePolicy
 from thunder_rollout.errors import BadEvent
 
 pytestmark = pytest.mark.slow
@@ -66,6 +69,7 @@ CONFIGS = st.builds(
     adaptive=st.builds(
         AdaptiveConfig,
         admit_watermark=st.sampled_from([0.6, 0.9]),
+        least_fill=st.sampled_from([0.3, 0.6]),
         decay_unit_s=st.sampled_from([1.0, 20.0]),
         prior_prefill_token_s=st.sampled_from([1e-4, 1.0]),
         patience_s=st.sampled_from([0.0, 5.0]),
@@ -81,6 +85,12 @@ CONFIGS = st.builds(
 )
 
 
+def state_ledger(shell: Harness) -> Ledger:
+    policy = shell.scheduler._policy
+    assert isinstance(policy, AdaptivePolicy)
+    return policy._ledger
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     @initialize(config=CONFIGS, num_backends=st.integers(0, 2))
     def start(self, config: SchedulerConfig, num_backends: int) -> None:
@@ -89,8 +99,26 @@ class SchedulerMachine(RuleBasedStateMachine):
         for name in "ab"[:num_backends]:
             self.up(name, 1000)
 
-    def send(self, event: Event) -> None:
-        self.shell.send(event)
+    def send(self, event: Event) -> list[Decision]:
+        return self.checked(lambda: self.shell.send(event))
+
+    def checked(self, act: Callable[[], list[Decision]], after_s: float = 0.0) -> list[Decision]:
+        """`act` sends one event, `after_s` later; who is overdue by then is passed by nobody younger."""
+        state, now = self.shell.scheduler._state, self.shell.now + after_s
+        since_s = {program.program_id: program.waiting_since_s for program in state.waiting(now) if program.pending}
+        overdue = state.overdue(now)
+        bound = {program.program_id for program in state.programs.values() if program.backend is not None}
+        decisions = act()
+        for decision in decisions:
+            if not isinstance(decision, Restore) or decision.request is None or decision.program in bound:
+                continue
+            for older in overdue:
+                if older.backend is not None or not older.pending or older.program_id == decision.program:
+                    continue
+                if since_s.get(decision.program, now) > since_s[older.program_id]:
+                    homes = {b.name for b in state.open_backends() if b.fits(older.context_tokens)}
+                    assert homes != {decision.backend}, f"{decision.program} passed {older.program_id}"
+        return decisions
 
     # Backends
 
@@ -110,7 +138,20 @@ class SchedulerMachine(RuleBasedStateMachine):
     def weights(self, data: st.DataObject, updating: bool) -> None:
         names = tuple(data.draw(st.sets(st.sampled_from(sorted(self.generations)))))
         names = tuple(sorted(names))
-        self.send(WeightsUpdating(backends=names) if updating else WeightsUpdated(backends=names))
+        state, config = self.shell.scheduler._state, self.shell.config
+        if updating:
+            self.send(WeightsUpdating(backends=names))
+            if config.policy == "adaptive" and config.adaptive.rebalance_on_update:
+                for name in set(names) & set(state.backends):
+                    programs = state.backends[name].programs.values()
+                    assert all(program.marked for program in programs), "all places are given up, for it is free"
+            return
+        decisions = self.send(WeightsUpdated(backends=names))
+        if config.policy == "adaptive":
+            ledger, again = state_ledger(self.shell), {decision.program for decision in decisions}
+            for program_id, account in ledger.programs.items():
+                if account.last_backend in names and program_id not in again:
+                    assert account.settled_tokens == 0, "every cache is void"
 
     @rule(data=st.data(), used_tokens=st.none() | st.integers(0, 100))
     @precondition(lambda self: self.generations)
@@ -132,7 +173,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 prompt_tokens=prompt_tokens,
                 sandbox=sandbox,
                 block_hashes=hashes,
-                group="g" if program < "p3" else None,
+                group={"p0": "g", "p1": "g", "p2": "g", "p3": "h", "p4": "h"}.get(program),
             )
         )
 
@@ -182,7 +223,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     def tick(self, after_s: float) -> None:
         programs = self.shell.scheduler._state.programs.values()
         marked = {program.program_id for program in programs if program.marked}
-        decisions = self.shell.tick(after_s)
+        decisions = self.checked(lambda: self.shell.tick(after_s), after_s)
+        self.check_leases()
         config = self.shell.config.thunder
         if self.shell.config.policy != "thunder":
             return
@@ -191,6 +233,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.check_demand(backend)
             if not config.decay_when_pausing:
                 self.check_releases(backend, marked, paused)
+
+    def check_leases(self) -> None:
+        """Whoever is left was heard of, or waits for an answer; the sandboxes of the others are owed no more
+        (see `the_shell_and_the_scheduler_agree`)."""
+        lease_s, state = self.shell.config.lease_s, self.shell.scheduler._state
+        if lease_s is not None:
+            silent = [program for program in state.silent(self.shell.now, lease_s) if not program.pending]
+            assert not silent
 
     def check_demand(self, backend: Backend) -> None:
         """What is left after committed releases is within the watermark, but for one program that the
@@ -247,8 +297,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Each backend is charged for what its programs hold, shared blocks once; counts never fall below 0."""
         if not hasattr(self, "shell") or self.shell.config.policy != "adaptive":
             return
-        state, ledger = self.shell.scheduler._state, self.shell.scheduler._policy._ledger
+        state, ledger = self.shell.scheduler._state, state_ledger(self.shell)
         assert set(ledger.programs) == set(state.programs)
+        for group, members in ledger.groups._groups.items():
+            assert set(members.live) == {p.program_id for p in state.programs.values() if p.group == group}
+            assert 0 <= ledger.groups.complete_share(group) <= 1
         for backend in state.backends.values():
             account = ledger.backends[backend.name]
             accounts = [ledger.programs[name] for name in backend.programs]
@@ -256,6 +309,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert account.private_tokens == sum(program.private_tokens for program in accounts)
             assert account.reserve_tokens == pytest.approx(sum(program.reserve_tokens for program in accounts))
             assert account.clock.num_in_flight == sum(program.num_in_flight for program in backend.programs.values())
+            curves = [program.curve for program in accounts if program.curve]
+            assert account.curve == pytest.approx([sum(tokens) for tokens in zip(*curves, strict=True)] or [0] * 20)
+            assert 0 <= ledger.gain(account) <= 1
             assert account.refill_tokens == sum(
                 run.uncached_tokens
                 for program in ledger.programs.values()

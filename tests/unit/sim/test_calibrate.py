@@ -24,12 +24,13 @@ ENGINE = EngineConfig(
 
 
 async def measure() -> tuple[EngineProfile, Fit]:
-    engine = FakeEngine(ENGINE, timing=TIMING)
-    info = await engine.start()
+    engines = [FakeEngine(ENGINE, timing=TIMING) for _ in range(2)]
+    infos = [await engine.start() for engine in engines]
     try:
-        return await calibrate(engine, info, name="fake", max_batched_tokens=1024, vocab_size=1000, repeats=1)
+        return await calibrate(engines, infos[0], name="fake", max_batched_tokens=1024, vocab_size=1000, repeats=1)
     finally:
-        await engine.stop()
+        for engine in engines:
+            await engine.stop()
 
 
 def test_it_finds_the_terms_of_the_model(tmp_path: Path) -> None:

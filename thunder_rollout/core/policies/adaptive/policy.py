@@ -28,7 +28,8 @@ from thunder_rollout.core.program import Phase
 from thunder_rollout.core.queue import SortKey
 
 TICK_SLICE = 32  # backends re-examined by one tick
-MAX_PLACEMENTS = 512  # programs placed, or given up for an update, by one event; the rest follow with the next
+MAX_PLACEMENTS = 64  # programs placed by one event; the rest follow with the next
+MAX_GIVEN_UP = 512  # programs whose place is given up for an update by one event; so do the others
 _SHORTEST_ABSENCE_S = 1e-3
 
 
@@ -130,7 +131,7 @@ class AdaptivePolicy(PolicyBase):
     def _give_up_places(self, view: View) -> list[str]:
         """Programs of backends that update their weights, some with each event."""
         names: list[str] = []
-        while self._updating and len(names) < MAX_PLACEMENTS:
+        while self._updating and len(names) < MAX_GIVEN_UP:
             backend = view.backends.get(self._updating[-1])
             self._updating.pop()
             if backend is not None and backend.updating:
