@@ -254,6 +254,8 @@ class PrefixTree:
             else:
                 del run.held[backend]
                 del pool.recent[run]
+        if not (run.num_programs or run.children or run.held):
+            del upper.children[run.hashes[0]]  # only what was cut off the other part was held
         return upper
 
     def _move(self, path: _Path, run: _Run, fork: _Run) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from thunder_rollout.core.prefix import PrefixTree
@@ -86,6 +86,7 @@ def play(tree: PrefixTree, naive: Naive, what: str, program: str, how: object) -
 
 @settings(max_examples=400, deadline=None)
 @given(steps=STEPS)
+@example(steps=[("put", "p", [0, 0]), ("hold", "p", ("a", 1)), ("put", "p", []), ("put", "p", [0])])
 def test_the_tree_counts_as_sets_of_blocks_do(steps: list[tuple[str, str, object]]) -> None:
     tree, naive = PrefixTree(), Naive()
     for name in BACKENDS:
