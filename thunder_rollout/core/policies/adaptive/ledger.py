@@ -205,6 +205,8 @@ class Ledger:
             return
         self._follow(program, account)
         account.backend = program.backend
+        if self.tree.num_blocks(program.program_id) * (self.block_size or 0) > program.context_tokens:
+            self.tree.remove(program.program_id)  # the hashes are of a request that was rejected or withdrawn
         if program.program_id in self.tree:
             self.tree.bind(program.program_id, program.backend)
         hashed = self.tree.num_blocks(program.program_id) * (self.block_size or 0)
