@@ -73,7 +73,8 @@ def _bench() -> int:
 
 
 def _bench_core() -> int:
-    from thunder_rollout.bench.core import BenchCoreConfig, bench_core
+    from thunder_rollout.bench.config import BenchCoreConfig
+    from thunder_rollout.bench.core import bench_core
 
     def task(config: BenchCoreConfig, raw: DictConfig) -> int:
         bench_core(config)

@@ -7,8 +7,7 @@ from typing import Any
 
 import yaml
 
-from thunder_rollout.bench.config import BenchConfig
-from thunder_rollout.bench.core import BenchCoreConfig
+from thunder_rollout.bench.config import BenchConfig, BenchCoreConfig
 from thunder_rollout.config import RolloutConfig, compose_config, conf_dir, to_typed
 from thunder_rollout.sim.config import CalibrateConfig, SimulateConfig
 

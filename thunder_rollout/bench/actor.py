@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import ray
 
-from thunder_rollout.bench.core import MEAN_GROWTH_TOKENS, BenchCoreConfig, quantile_us, write_json
+from thunder_rollout.bench.config import BenchCoreConfig
+from thunder_rollout.bench.core import MEAN_GROWTH_TOKENS, quantile_us, write_json
 from thunder_rollout.core.events import BackendUp, ToolEnded, ToolStarted, TurnEnded, TurnRequested
 from thunder_rollout.engine.hashing import BlockHasher
 from thunder_rollout.runtime.actor import RemoteScheduler, create_scheduler_actor
@@ -59,12 +62,8 @@ async def run_actor(config: BenchCoreConfig) -> dict[str, float]:
     return result
 
 
-class _timed:  # noqa: N801 (reads as a verb)
-    def __init__(self, costs: list[float]) -> None:
-        self._costs = costs
-
-    def __enter__(self) -> None:
-        self._started = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._costs.append(time.perf_counter() - self._started)
+@contextmanager
+def _timed(costs: list[float]) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    costs.append(time.perf_counter() - started)

@@ -1,4 +1,4 @@
-"""Settings of `thunder-rollout bench`: the workload, the loads and the policies compared."""
+"""Settings of `thunder-rollout bench` (the workload, the loads, the policies compared) and `bench-core`."""
 
 from __future__ import annotations
 
@@ -68,3 +68,40 @@ class BenchConfig:
             raise ConfigError("measure_s: must be > 0, and warmup_s >= 0")
         if self.num_engines < 1:
             raise ConfigError(f"num_engines={self.num_engines!r}: must be at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchCoreConfig:
+    """`programs` x `backends` is what is measured; contexts are `context_tokens` in the mean, of which a
+    group's samples share `shared_tokens`. `num_actor_turns` (0: none) go through a real scheduler actor."""
+
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    runs_dir: str = "runs"
+    programs: list[int] = field(default_factory=lambda: [1000, 10000])
+    backends: list[int] = field(default_factory=lambda: [512])
+    num_events: int = 60_000  # timed, after every program had a turn
+    context_tokens: int = 32_000
+    shared_tokens: int = 6_000
+    block_size: int = 16
+    group_size: int = 8
+    capacity_tokens: int = 400_000  # of a backend
+    num_restarts: int = 20  # backends that die and return
+    num_actor_turns: int = 300
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_events", "context_tokens", "block_size", "group_size", "capacity_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: must be at least 1")
+        for name in ("shared_tokens", "num_restarts", "num_actor_turns"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: must be >= 0")
+        if not self.programs or not self.backends or min(self.programs + self.backends) < 1:
+            raise ConfigError("programs, backends: each needs at least one value, all >= 1")
+        if self.shared_tokens >= self.context_tokens / 2:
+            raise ConfigError(f"shared_tokens={self.shared_tokens}: must be under half of context_tokens")
+        if 4 * self.context_tokens > self.capacity_tokens:
+            raise ConfigError(
+                f"capacity_tokens={self.capacity_tokens}: must be at least four times context_tokens="
+                f"{self.context_tokens}, for some contexts are three times the mean"
+            )

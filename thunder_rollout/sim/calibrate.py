@@ -15,6 +15,7 @@ import statistics
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -83,12 +84,11 @@ async def calibrate(
     """Measure started engines, all alike, that serve nobody else."""
     benches = [_Bench(engine, info, max_batched_tokens, vocab_size) for engine in engines]
     observations = [
-        await _typical([lambda b=b, n=n: b.prefill(n) for b in benches], repeats)  # type: ignore[misc]
-        for n in benches[0].prefill_sizes()
+        await _typical([partial(bench.prefill, n) for bench in benches], repeats) for n in benches[0].prefill_sizes()
     ]
     for num_turns, context in benches[0].decode_grid():
         prompts = await asyncio.gather(*(bench.cached_prompts(num_turns, context) for bench in benches))
-        runs = [lambda b=b, p=p: b.decode(p) for b, p in zip(benches, prompts, strict=True)]
+        runs = [partial(bench.decode, cached) for bench, cached in zip(benches, prompts, strict=True)]
         observations.append(await _typical(runs, repeats))
     found = fit(observations)
     terms = found.terms

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from thunder_rollout.bench.core import BenchCoreConfig, measure, run_bench_core
+from thunder_rollout.bench.config import BenchCoreConfig
+from thunder_rollout.bench.core import measure, run_bench_core
 from thunder_rollout.core.config import POLICIES, SchedulerConfig
 from thunder_rollout.errors import ConfigError
 

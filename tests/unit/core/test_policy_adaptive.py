@@ -116,6 +116,40 @@ def test_growth_to_come_is_reserved_for_new_programs() -> None:
     assert who(shell.ask("r", 190)) == ["r"]
 
 
+def ended_at(shell: Harness, tokens: int) -> None:
+    """A program lived and ended with so many tokens."""
+    shell.ask("before", tokens)
+    shell.end("before")
+    shell.send(ProgramEnded(program="before"))
+
+
+def test_the_peak_to_come_decides_where_growth_is_known() -> None:
+    growing, grown = adaptive(), adaptive(prior_growth=0.0)
+    ended_at(growing, 700)
+    for shell, admitted in ((growing, []), (grown, ["q"])):
+        shell.ask("p", 400)
+        assert who(shell.ask("q", 400)) == admitted, "together 800, but both to grow to 700"
+
+
+def test_a_shared_prefix_counts_once_in_the_peak_to_come() -> None:
+    shell = adaptive(prior_growth=0.0)
+    shell.ask("p", 640, block_hashes=tuple(range(40)))
+    assert who(shell.ask("q", 640, block_hashes=tuple(range(40)))) == ["q"]
+    assert who(shell.ask("r", 640, block_hashes=tuple(range(1000, 1040)))) == []
+
+
+@pytest.mark.parametrize(("crowding", "tool_s", "gain"), [(1.0, 0.0, 0.0), (0.0, 0.0, 1.0), (1.0, 3.0, 0.75)])
+def test_one_more_program_gains_what_the_turns_and_tools_leave(crowding: float, tool_s: float, gain: float) -> None:
+    """d ln X / d ln n of X = n / (Z + D): with turns of 1 s that crowd each other out, tools of 3 s leave 3/4."""
+    shell = adaptive()
+    ledger = shell.scheduler._policy._ledger
+    account = ledger.backends["a"]
+    assert ledger.gain(account) == 1.0, "before anything was seen"
+    account.mean_turn_s, ledger.return_times.recent_s = 1.0, tool_s
+    ledger.model(account)._crowding = crowding
+    assert ledger.gain(account) == pytest.approx(gain)
+
+
 def test_running_sequences_are_a_second_capacity() -> None:
     shell = adaptive(capacity={"a": 10_000})
     assert [len(who(shell.ask(f"p{number}", 10))) for number in range(9)] == [1] * 8 + [0]

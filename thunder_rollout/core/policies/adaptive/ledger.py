@@ -10,7 +10,7 @@ collects the backends whose demand or load changed since it was last cleared.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from thunder_rollout.core.config import AdaptiveConfig
 from thunder_rollout.core.events import (
@@ -23,6 +23,7 @@ from thunder_rollout.core.events import (
     TurnRequested,
     WeightsUpdated,
 )
+from thunder_rollout.core.policies.adaptive.accounts import BackendAccount, ProgramAccount, Run
 from thunder_rollout.core.policies.adaptive.groups import Groups
 from thunder_rollout.core.policies.adaptive.growth import Growth
 from thunder_rollout.core.policies.adaptive.prefill_model import PrefillModel, ServiceClock
@@ -34,59 +35,6 @@ from thunder_rollout.core.program import Phase, Status
 _CUT = (FinishReason.ABORT, FinishReason.ERROR)
 _POINTS = (0.0, *(2.0 ** (exponent / 2) for exponent in range(-20, -1)))  # growth, as shares of capacity
 _UNSIZED_BLOCKS = 2**40  # a pool's bound while no block size is known
-
-
-@dataclass(slots=True)
-class Run:
-    """A turn in flight, from its grant."""
-
-    backend: str
-    prompt_tokens: int
-    uncached_tokens: int  # expected
-    output_tokens: float  # expected
-    granted_s: float
-    served_s: float  # of its backend's clock
-    refill: bool  # most of it was computed before
-
-
-@dataclass(slots=True)
-class ProgramAccount:
-    kind: str | None = None
-    backend: str | None = None  # charged there
-    last_backend: str | None = None  # ran there last
-    last_odometer: float = 0.0  # of that backend, when it did
-    settled_tokens: int = 0  # its context then
-    private_tokens: int = 0  # beyond hashed blocks
-    context_tokens: int = 0
-    reserve_tokens: float = 0.0
-    num_in_flight: int = 0
-    expected_output_tokens: int | None = None
-    acting_since_s: float | None = None
-    tool: str | None = None  # what it acts with
-    expected_s: float | None = None  # how long that will take, if anybody said
-    last_tool: str | None = None
-    group: str | None = None
-    runs: dict[int, Run] = field(default_factory=dict)
-    curve: list[float] = field(default_factory=list)  # charged: see `BackendAccount.curve`
-
-
-@dataclass(slots=True)
-class BackendAccount:
-    name: str
-    generation: int
-    capacity_tokens: int
-    max_running: int
-    model: PrefillModel
-    clock: ServiceClock
-    private_tokens: int = 0
-    reserve_tokens: float = 0.0
-    num_bound: int = 0
-    refill_tokens: int = 0  # expected in turns in flight that compute again what was computed before
-    odometer_tokens: float = 0.0  # ever prefilled or produced here
-    mean_turn_s: float = 0.0  # of wall time
-    points: tuple[float, ...] = ()  # growth in tokens at which `curve` looks ahead
-    curve: list[float] = field(default_factory=list)  # tokens expected in use as its programs grow and leave
-    last_load: tuple[float, int, int] = (0.0, 0, 0)  # demand, turns in flight, refill when last looked at
 
 
 class Ledger:
@@ -105,8 +53,6 @@ class Ledger:
         )
         self._fleet_model = self._new_model()
         self.groups = Groups()
-        self.mean_absence_s = 0.0  # a running mean over all tools
-        self._num_absences = 0
         self._ended: dict[int, Run] = {}
 
     # Questions
@@ -149,7 +95,7 @@ class Ledger:
     def gain(self, account: BackendAccount) -> float:
         """By which share throughput grows with the programs bound: d ln X / d ln n of the closed loop
         X = n / (Z + D), with the tools' time Z and the turns' D, of which `crowding` grows with n."""
-        absence_s, turn_s = self.mean_absence_s, account.mean_turn_s
+        absence_s, turn_s = self.return_times.recent_s, account.mean_turn_s
         if not turn_s:
             return 1.0
         return (absence_s + turn_s * (1.0 - self.model(account).crowding)) / (absence_s + turn_s)
@@ -289,10 +235,7 @@ class Ledger:
         """Note when it began acting, and learn from it when it comes back."""
         acting_since_s = program.acting_since_s if program.phase is Phase.ACTING else None
         if account.acting_since_s is not None and acting_since_s is None:
-            acted_s = self.now - account.acting_since_s
-            self.return_times.add(account.tool, acted_s, returned=program.has_open)
-            self._num_absences += 1
-            self.mean_absence_s += (acted_s - self.mean_absence_s) / min(self._num_absences, 256)
+            self.return_times.add(account.tool, self.now - account.acting_since_s, returned=program.has_open)
             account.last_tool, account.tool, account.expected_s = account.tool, None, None
         account.acting_since_s = acting_since_s
 

@@ -18,7 +18,8 @@ from collections.abc import Collection, Iterator
 from itertools import islice
 
 from thunder_rollout.core.config import AdaptiveConfig
-from thunder_rollout.core.policies.adaptive.ledger import BackendAccount, Ledger
+from thunder_rollout.core.policies.adaptive.accounts import BackendAccount
+from thunder_rollout.core.policies.adaptive.ledger import Ledger
 from thunder_rollout.core.policies.base import ProgramView, View
 
 NUM_PROBES = 3  # backends looked at by least load, and as many by most room

@@ -20,7 +20,8 @@ from itertools import islice
 
 from thunder_rollout.core.config import AdaptiveConfig
 from thunder_rollout.core.events import Event, TurnRequested, WeightsUpdated, WeightsUpdating
-from thunder_rollout.core.policies.adaptive.ledger import BackendAccount, Ledger
+from thunder_rollout.core.policies.adaptive.accounts import BackendAccount
+from thunder_rollout.core.policies.adaptive.ledger import Ledger
 from thunder_rollout.core.policies.adaptive.placement import Placer
 from thunder_rollout.core.policies.adaptive.victims import Item, choose
 from thunder_rollout.core.policies.base import BackendView, Placement, PolicyBase, ProgramView, View, home

@@ -93,7 +93,7 @@ class PrefillModel:
         centre = (0.0, even, even, 0.0, 0.0)
         kept = list(range(_NUM_FEATURES))
         while True:
-            weights = dict(zip(kept, self._solve(kept, centre), strict=True))
+            weights = dict(zip(kept, self._weights(kept, centre), strict=True))
             negative = [index for index in kept[1:] if weights[index] < 0]
             if not negative:
                 break
@@ -102,7 +102,7 @@ class PrefillModel:
         alone, crowded = weights.get(4, 0.0), weights.get(2, 0.0) * self.mean_beside
         self._crowding = crowded / (alone + crowded) if alone + crowded > 0 else 1.0
 
-    def _solve(self, kept: list[int], centre: tuple[float, ...]) -> list[float]:
+    def _weights(self, kept: list[int], centre: tuple[float, ...]) -> list[float]:
         matrix = [[self._products[row][column] for column in kept] for row in kept]
         target = [self._targets[row] for row in kept]
         for position, index in enumerate(kept):

@@ -13,6 +13,7 @@ import math
 
 _FIRST_EDGE_S = 0.05
 _NUM_CELLS = 24  # edges double: the last finite one lies at five days
+_MEAN_RETURNS = 256  # a running mean forgets at this pace
 _LEAST_PRIOR_S = 1e-6  # of the prior in each cell, so that a hazard is always defined
 _EDGES = (0.0, *(_FIRST_EDGE_S * 2.0**index for index in range(_NUM_CELLS - 1)), math.inf)
 
@@ -99,6 +100,7 @@ class ReturnTimes:
         self._mean_s = mean_s
         self._prior_weight = prior_weight
         self._tools: dict[str | None, Survival] = {}
+        self.recent_s = 0.0  # a running mean of the returns, whatever the tool
 
     def of(self, tool: str | None) -> Survival:
         return self._tools.get(tool, self._all)
@@ -108,6 +110,8 @@ class ReturnTimes:
             self._tools[tool] = Survival(self._mean_s, self._prior_weight, self._all)
         self._all.add(acted_s, returned=returned)
         self._tools[tool].add(acted_s, returned=returned)
+        if returned:
+            self.recent_s += (acted_s - self.recent_s) / min(self._all.num_returns, _MEAN_RETURNS)
 
 
 def _cell_of(elapsed_s: float) -> int:

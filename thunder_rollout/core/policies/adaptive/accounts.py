@@ -1,0 +1,60 @@
+"""What the ledger keeps of each turn in flight, program and backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from thunder_rollout.core.policies.adaptive.prefill_model import PrefillModel, ServiceClock
+
+
+@dataclass(slots=True)
+class Run:
+    """A turn in flight, from its grant."""
+
+    backend: str
+    prompt_tokens: int
+    uncached_tokens: int  # expected
+    output_tokens: float  # expected
+    granted_s: float
+    served_s: float  # of its backend's clock
+    refill: bool  # most of it was computed before
+
+
+@dataclass(slots=True)
+class ProgramAccount:
+    kind: str | None = None
+    backend: str | None = None  # charged there
+    last_backend: str | None = None  # ran there last
+    last_odometer: float = 0.0  # of that backend, when it did
+    settled_tokens: int = 0  # its context then
+    private_tokens: int = 0  # beyond hashed blocks
+    context_tokens: int = 0
+    reserve_tokens: float = 0.0
+    num_in_flight: int = 0
+    expected_output_tokens: int | None = None
+    acting_since_s: float | None = None
+    tool: str | None = None  # what it acts with
+    expected_s: float | None = None  # how long that will take, if anybody said
+    last_tool: str | None = None
+    group: str | None = None
+    runs: dict[int, Run] = field(default_factory=dict)
+    curve: list[float] = field(default_factory=list)  # charged: see `BackendAccount.curve`
+
+
+@dataclass(slots=True)
+class BackendAccount:
+    name: str
+    generation: int
+    capacity_tokens: int
+    max_running: int
+    model: PrefillModel
+    clock: ServiceClock
+    private_tokens: int = 0
+    reserve_tokens: float = 0.0
+    num_bound: int = 0
+    refill_tokens: int = 0  # expected in turns in flight that compute again what was computed before
+    odometer_tokens: float = 0.0  # ever prefilled or produced here
+    mean_turn_s: float = 0.0  # of wall time
+    points: tuple[float, ...] = ()  # growth in tokens at which `curve` looks ahead
+    curve: list[float] = field(default_factory=list)  # tokens expected in use as its programs grow and leave
+    last_load: tuple[float, int, int] = (0.0, 0, 0)  # demand, turns in flight, refill when last looked at
