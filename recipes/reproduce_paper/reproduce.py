@@ -63,7 +63,7 @@ def main() -> None:
     args, overrides = parser.parse_known_args()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    defaults = ["sim_engine=h100x8_glm46_fp8", "bounds=false", "plots=false", "warmup_lives=1", "measure_lives=2"]
+    defaults = ["sim_engine=h100x8_glm46_fp8", "bounds=[]", "plots=false", "warmup_lives=1", "measure_lives=2"]
     loads = "[1.0,4.0]" if args.quick else "[0.5,1.0,1.5,2.0,3.0,4.0]"
     config = to_typed(SimulateConfig, compose_config("simulate", [*defaults, f"loads={loads}", *overrides]))
     panels = PANELS[:1] if args.quick else PANELS

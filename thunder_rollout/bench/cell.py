@@ -34,6 +34,8 @@ class CellResult:
     turn_latency_p95_s: float
     imbalance: float
     cost_shares: dict[str, float]
+    warmup_s: float
+    measure_s: float
     max_programs: int | None = None  # the limit of `capped`
 
 
@@ -133,6 +135,8 @@ class Cell:
             turn_latency_p95_s=latencies[int(0.95 * (len(latencies) - 1))],
             imbalance=statistics.fmean(window.imbalances) if window.imbalances else 0.0,
             cost_shares=asdict(shares.fractions()),
+            warmup_s=self.warmup_s,
+            measure_s=self.measure_s,
             max_programs=self.max_programs,
         )
 

@@ -72,13 +72,12 @@ class BenchConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchCoreConfig:
-    """`programs` x `backends` is what is measured; contexts are `context_tokens` in the mean, of which a
-    group's samples share `shared_tokens`. `num_actor_turns` (0: none) go through a real scheduler actor."""
+    """Each of `sizes`, (programs, backends), is measured; contexts are `context_tokens` in the mean, of which
+    a group's samples share `shared_tokens`. `num_actor_turns` (0: none) go through a real scheduler actor."""
 
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     runs_dir: str = "runs"
-    programs: list[int] = field(default_factory=lambda: [1000, 10000])
-    backends: list[int] = field(default_factory=lambda: [512])
+    sizes: list[list[int]] = field(default_factory=lambda: [[1000, 51], [1000, 512], [10_000, 512]])
     num_events: int = 60_000  # timed, after every program had a turn
     context_tokens: int = 32_000
     shared_tokens: int = 6_000
@@ -96,8 +95,8 @@ class BenchCoreConfig:
         for name in ("shared_tokens", "num_restarts", "num_actor_turns"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: must be >= 0")
-        if not self.programs or not self.backends or min(self.programs + self.backends) < 1:
-            raise ConfigError("programs, backends: each needs at least one value, all >= 1")
+        if not self.sizes or any(len(size) != 2 or min(size) < 1 for size in self.sizes):
+            raise ConfigError(f"sizes={self.sizes!r}: give at least one pair [programs, backends], all >= 1")
         if self.shared_tokens >= self.context_tokens / 2:
             raise ConfigError(f"shared_tokens={self.shared_tokens}: must be under half of context_tokens")
         if 4 * self.context_tokens > self.capacity_tokens:

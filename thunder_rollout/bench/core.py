@@ -254,7 +254,7 @@ def run_bench_core(config: BenchCoreConfig) -> list[EventCost]:
     """Measure every size in a process of its own; write `runs/bench/bench_core.json`."""
     context = multiprocessing.get_context("spawn")
     rows: list[EventCost] = []
-    for num_programs, num_backends in itertools.product(config.programs, config.backends):
+    for num_programs, num_backends in config.sizes:
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             rows += pool.submit(measure, config, num_programs, num_backends).result()
     write_json(config, "bench_core.json", [asdict(row) for row in rows])

@@ -10,7 +10,8 @@ Contract:
 - An active program's request is admitted at once on its own backend, unless that one updates its
   weights or can't hold the prompt. `max_running` is a hint and blocks nothing.
 - It always moves, whatever the policy: after any event, a backend with no turn in flight admits
-  the first program of the queue that it can hold; what no backend can hold is rejected.
+  the first program of the queue that it can hold (`MAX_MOVED` backends an event, the others with
+  the next); what no backend can hold is rejected.
 - A program of which nothing was heard for `lease_s`, and that waits for nothing, is terminated at a
   tick: Expire, and ReleaseSandbox where one is owed.
 - PrepareSandbox is issued at the latest with a program's first Restore; where it was issued,
@@ -63,6 +64,8 @@ from thunder_rollout.core.program import Program, SandboxNeed
 from thunder_rollout.core.snapshot import SchedulerSnapshot
 from thunder_rollout.core.state import State
 from thunder_rollout.errors import BadEvent
+
+MAX_MOVED = 64  # idle backends that one event sets to work
 
 
 class Scheduler:
@@ -196,7 +199,7 @@ class Scheduler:
 
     def _on_backend_up(self, event: BackendUp, now: float) -> None:
         check_backend_up(event, self._state.generations)
-        old = self._state.backends.get(event.backend)
+        before, old = self._state.max_capacity_tokens, self._state.backends.get(event.backend)
         if old is not None:
             self._take_down(old)
         self._state.add_backend(
@@ -207,14 +210,14 @@ class Scheduler:
                 max_running=event.max_running,
             )
         )
-        self._reject_oversized()
+        self._reject_oversized(before)
         self._place_held(now)
 
     def _on_backend_down(self, event: BackendDown) -> None:
-        backend = known_backend(self._state, event)
+        before, backend = self._state.max_capacity_tokens, known_backend(self._state, event)
         if backend is not None:
             self._take_down(backend)
-            self._reject_oversized()
+            self._reject_oversized(before)
 
     def _on_backend_stats(self, event: BackendStats) -> None:
         backend = known_backend(self._state, event)
@@ -281,7 +284,7 @@ class Scheduler:
     def _keep_moving(self, now: float) -> None:
         if not self._state.num_waiting_pending or not self._state.has_idle_backend():
             return
-        for backend in self._state.idle_backends():
+        for backend in self._state.idle_backends()[:MAX_MOVED]:
             waiting = takewhile(lambda program: program.pending, self._state.waiting(now))
             first = next((program for program in waiting if backend.fits(program.context_tokens)), None)
             if first is not None:
@@ -378,8 +381,10 @@ class Scheduler:
         )
         self._decisions.append(Reject(program=request.program, request=request.request, why=why))
 
-    def _reject_oversized(self) -> None:
-        """The largest backend may have changed: answer the requests that fit none any more."""
+    def _reject_oversized(self, before_tokens: int) -> None:
+        """Where the largest backend is smaller than before, or the first, answer the requests that fit none."""
+        if self._state.max_capacity_tokens >= before_tokens > 0:
+            return
         for program in list(self._state.programs.values()):
             for pending in list(program.pending.values()):
                 if self._fits_nowhere(pending.event):

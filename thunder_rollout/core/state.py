@@ -41,6 +41,7 @@ class State:
         self.heard_s: OrderedDict[str, float] = OrderedDict()  # when each program was last heard of, oldest first
         self._on_change = on_change
         self._idle: dict[str, Backend] = {}  # no turn in flight and not updating
+        self._held: dict[str, Program] = {}  # bound, with requests that were not admitted
         self._last_grant = 0
         self._last_seq = 0
 
@@ -75,12 +76,7 @@ class State:
 
     def held_requests(self) -> list[tuple[Program, Pending]]:
         """Requests of bound programs that were not admitted, in order of arrival."""
-        held = [
-            (program, pending)
-            for backend in self.backends.values()
-            for program in backend.programs.values()
-            for pending in program.pending.values()
-        ]
+        held = [(program, pending) for program in self._held.values() for pending in program.pending.values()]
         return sorted(held, key=lambda item: item[1].seq)
 
     def snapshot(self) -> SchedulerSnapshot:
@@ -146,7 +142,7 @@ class State:
             self.backends[program.backend].unbind(program)
             program.move(backend.name)
         backend.bind(program)
-        self._on_change(program)
+        self._tell(program)
 
     def reorder(self, program_id: str) -> None:
         """Its key changed: if it waits, it moves to its place."""
@@ -161,7 +157,7 @@ class State:
         backend.unbind(program)
         self.num_bound -= 1
         self.queue.put(program)
-        self._on_change(program)
+        self._tell(program)
 
     def mark(self, program: Program) -> None:
         program.mark()
@@ -178,7 +174,7 @@ class State:
         program.terminate()
         del self.programs[program.program_id]
         self.heard_s.pop(program.program_id, None)
-        self._on_change(program)
+        self._tell(program)
 
     # Turns
 
@@ -228,6 +224,13 @@ class State:
             self.queue.put(program)
         else:
             self.backends[program.backend].refresh(program)
+        self._tell(program)
+
+    def _tell(self, program: Program) -> None:
+        if program.backend is not None and program.pending and program.program_id in self.programs:
+            self._held[program.program_id] = program
+        else:
+            self._held.pop(program.program_id, None)
         self._on_change(program)
 
     def _refresh_idle(self, backend: Backend) -> None:

@@ -20,6 +20,7 @@ from thunder_rollout.sim.workloads import Script, Workload
 
 INFINITE_KV = "infinite_kv"
 CLAIRVOYANT = "clairvoyant"
+BOUNDS = (INFINITE_KV, CLAIRVOYANT)  # those that are simulated
 SAMPLE_PROGRAMS = 200
 FILL_SHARES = (1.0, 0.9, 0.8, 0.65)
 

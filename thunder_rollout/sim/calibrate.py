@@ -26,8 +26,9 @@ from thunder_rollout.engine.factory import create_engine
 from thunder_rollout.engine.protocol import Engine, EngineInfo, GenerateRequest, Generation, Sampling
 from thunder_rollout.engine.random_model import write_preset
 from thunder_rollout.errors import ConfigError
-from thunder_rollout.sim.config import CalibrateConfig
-from thunder_rollout.sim.profiles import EngineProfile
+from thunder_rollout.sim.config import CalibrateConfig, SimulateConfig
+from thunder_rollout.sim.live_fit import read_bench, scale_to_bench
+from thunder_rollout.sim.profiles import EngineProfile, read_profile
 
 PREFILL_TOKENS = (64, 256, 512, 1024, 2048, 4096, 8192, 16384)
 DECODE_TURNS = (1, 2, 4, 8, 16, 32, 64)
@@ -53,9 +54,32 @@ class Fit:
     mean_error: float  # mean of |predicted - measured| / measured
     observations: tuple[Observation, ...]
 
+    def notes(self) -> list[str]:
+        """What was measured beside what the terms predict."""
+        lines = ["Measured (predicted) seconds:"]
+        for observation in self.observations:
+            predicted = sum(n * self.terms[term] for n, term in zip(observation.counts, TERMS, strict=True))
+            lines.append(f"  {observation.what}: {observation.seconds:.4f} ({predicted:.4f})")
+        return lines
+
 
 async def run_calibration(config: CalibrateConfig) -> str:
-    """Start the engine in this process, measure it, write the profile; returns what to tell the user."""
+    """Measure the engine or take the given profile, scale it if live runs are given, and write it;
+    returns what to tell the user."""
+    if config.profile is not None:
+        profile, notes = read_profile(Path(config.profile)), list[str]()
+    else:
+        profile, notes = await _measured(config)
+    if config.bench is not None:
+        cells = read_bench(Path(config.bench))
+        settings = SimulateConfig(sim_engine=profile, num_backends=config.num_engines, seeds=[0, 1])
+        profile = await asyncio.to_thread(scale_to_bench, cells, settings)
+    write_profile(replace(profile, name=config.name), notes, Path(config.out))
+    return f"{config.out}:\n{Path(config.out).read_text()}"
+
+
+async def _measured(config: CalibrateConfig) -> tuple[EngineProfile, list[str]]:
+    """The profile of engines started in this process, and what was measured."""
     with tempfile.TemporaryDirectory(prefix="thunder-calibrate-") as scratch:
         engine_config = config.engine
         if config.model is not None:
@@ -74,8 +98,7 @@ async def run_calibration(config: CalibrateConfig) -> str:
             )
         finally:
             await asyncio.gather(*(engine.stop() for engine in engines))
-    write_profile(profile, found, Path(config.out))
-    return f"{config.out}: mean error {found.mean_error:.1%}\n{Path(config.out).read_text()}"
+    return profile, found.notes()
 
 
 async def calibrate(
@@ -135,13 +158,10 @@ def fit(observations: list[Observation]) -> Fit:
     return Fit(terms=terms, mean_error=error, observations=tuple(observations))
 
 
-def write_profile(profile: EngineProfile, found: Fit, path: Path) -> None:
-    """As a config for conf/sim_engine/, what was measured in its comments."""
+def write_profile(profile: EngineProfile, notes: Sequence[str], path: Path) -> None:
+    """As a config for conf/sim_engine/, with `notes` in its comments."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ["# Written by `thunder-rollout calibrate`. Measured (predicted) seconds:"]
-    for observation in found.observations:
-        predicted = sum(n * found.terms[term] for n, term in zip(observation.counts, TERMS, strict=True))
-        lines.append(f"#   {observation.what}: {observation.seconds:.4f} ({predicted:.4f})")
+    lines = [f"# {note}" for note in ("Written by `thunder-rollout calibrate`.", *notes)]
     values = {name: getattr(profile, name) for name in profile.__dataclass_fields__}
     values = {name: float(f"{v:.4g}") if isinstance(v, float) else v for name, v in values.items()}
     path.write_text("\n".join(lines) + "\n" + yaml.safe_dump(values, sort_keys=False))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from thunder_rollout.core.config import POLICIES, SchedulerConfig
 from thunder_rollout.engine.config import EngineConfig
 from thunder_rollout.errors import ConfigError
+from thunder_rollout.sim.bounds import BOUNDS
 from thunder_rollout.sim.profiles import EngineProfile
 from thunder_rollout.sim.workloads import WORKLOADS
 
@@ -37,7 +38,7 @@ class SimulateConfig:
     warmup_s: float = 0.0
     measure_s: float | None = None
     makespan_programs: int | None = None
-    bounds: bool = True
+    bounds: list[str] = field(default_factory=lambda: list(BOUNDS))
     cap_shares: list[float] = field(default_factory=lambda: [0.4, 0.55, 0.7, 0.85, 1.0])
     num_processes: int | None = None  # null: one a core
     plots: bool = True
@@ -49,6 +50,9 @@ class SimulateConfig:
         for policy in self.policies:
             if policy not in POLICIES:
                 raise ConfigError(f"policies: no policy {policy!r}; it must be one of {', '.join(POLICIES)}")
+        for bound in self.bounds:
+            if bound not in BOUNDS:
+                raise ConfigError(f"bounds: no bound {bound!r}; it must be one of {', '.join(BOUNDS)}")
         if not (self.workloads or self.trace):
             raise ConfigError("workloads: give at least one, or a trace")
         for name in ("policies", "loads", "seeds", "cap_shares"):
@@ -70,7 +74,8 @@ class SimulateConfig:
 class CalibrateConfig:
     """Which engine to measure and where to write its profile; `num_engines` of them run at once.
 
-    `model` is a preset of engine.random_model, made on the spot; null: `engine.model`.
+    `model` is a preset of engine.random_model, made on the spot; null: `engine.model`. `profile`
+    is taken instead of measuring one. `bench`, a bench.json of `num_engines` such engines, scales it.
     """
 
     engine: EngineConfig
@@ -79,6 +84,8 @@ class CalibrateConfig:
     out: str = "runs/calibrate/mine.yaml"
     num_engines: int = 1
     repeats: int = 3  # of every measurement; the median counts
+    profile: str | None = None
+    bench: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_engines", "repeats"):

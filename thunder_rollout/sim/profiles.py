@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
 
 from thunder_rollout.engine.model import EngineShape, EngineTiming
 from thunder_rollout.errors import ConfigError
@@ -94,3 +97,11 @@ class EngineProfile:
         steps = max(0, output_tokens - 1)
         per_step = self.step_s + self.decode_turn_s + self.context_token_s * (prompt_tokens + output_tokens / 2)
         return steps * per_step
+
+
+def read_profile(path: Path) -> EngineProfile:
+    """A file as `thunder-rollout calibrate` writes it."""
+    try:
+        return EngineProfile(**yaml.safe_load(path.read_text()))
+    except (OSError, TypeError, yaml.YAMLError) as error:
+        raise ConfigError(f"profile={path}: {error}; give a file as conf/sim_engine/*.yaml is") from None

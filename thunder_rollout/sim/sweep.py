@@ -9,7 +9,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from thunder_rollout.sim.bounds import CLAIRVOYANT, INFINITE_KV
 from thunder_rollout.sim.cells import TRACE, Cell, Row, make, num_fitting, run_cell
 from thunder_rollout.sim.config import SimulateConfig
 
@@ -25,7 +24,7 @@ def run_sweep(config: SimulateConfig) -> list[Row]:
 
 
 def cells(config: SimulateConfig, caps: dict[tuple[str, float], int]) -> Iterator[Cell]:
-    policies = [*config.policies, *([INFINITE_KV, CLAIRVOYANT] if config.bounds else [])]
+    policies = [*config.policies, *config.bounds]
     for workload in workload_names(config):
         for load in config.loads:
             for seed in config.seeds:

@@ -30,16 +30,17 @@ def test_every_event_of_a_fleet_is_timed(policy: str) -> None:
 
 
 def test_the_file_has_a_row_for_each_size_and_event(tmp_path: Path) -> None:
-    config = BenchCoreConfig(runs_dir=str(tmp_path), programs=[20, 40], backends=[2], **SMALL)
+    config = BenchCoreConfig(runs_dir=str(tmp_path), sizes=[[20, 2], [40, 3]], **SMALL)
     rows = run_bench_core(config)
     written = json.loads((tmp_path / "bench" / "bench_core.json").read_text())
     assert [(row["programs"], row["event"]) for row in written] == [(row.programs, row.event) for row in rows]
-    assert {row.programs for row in rows} == {20, 40}
+    assert {(row.programs, row.backends) for row in rows} == {(20, 2), (40, 3)}
     assert {"programs", "backends", "event", "p50_us", "p99_us", "rss_mb"} <= set(written[0])
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("programs", []), ("num_events", 0), ("shared_tokens", 20_000), ("capacity_tokens", 50_000)]
+    ("field", "value"),
+    [("sizes", []), ("sizes", [[10]]), ("num_events", 0), ("shared_tokens", 20_000), ("capacity_tokens", 50_000)],
 )
 def test_what_cannot_be_measured_is_refused(field: str, value: object) -> None:
     with pytest.raises(ConfigError, match=field):

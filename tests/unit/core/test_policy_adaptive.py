@@ -51,6 +51,15 @@ def test_room_is_given_by_the_event_that_makes_it() -> None:
     assert who(shell.send(ProgramEnded(program="p"))) == ["q"]
 
 
+def test_room_that_comes_free_bit_by_bit_is_noticed() -> None:
+    shell = adaptive()
+    for name, tokens in (("p", 600), ("small", 100), ("tiny", 100)):
+        assert who(shell.ask(name, tokens)) == [name]
+    assert who(shell.ask("q", 250)) == [], "150 tokens are missing"
+    assert who(shell.send(ProgramEnded(program="small"))) == []
+    assert who(shell.send(ProgramEnded(program="tiny"))) == ["q"]
+
+
 def test_a_shared_prefix_is_charged_once() -> None:
     shell = adaptive()
     for number in range(4):

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from thunder_rollout.core.config import SchedulerConfig, ThunderConfig
 from thunder_rollout.core.decisions import Decision, Pause, Restore
-from thunder_rollout.core.events import ProgramEnded
+from thunder_rollout.core.events import (
+    BackendUp,
+    ProgramEnded,
+    Tick,
+    TurnRequested,
+    WeightsUpdated,
+    WeightsUpdating,
+)
 from thunder_rollout.core.harness import Harness
+from thunder_rollout.core.policies.base import PolicyBase, ProgramView, View
+from thunder_rollout.core.scheduler import MAX_MOVED, Scheduler
 
 
 def thunder(**capacity_tokens: int) -> Harness:
@@ -98,3 +107,22 @@ def test_a_long_program_gets_its_turn_though_short_ones_keep_coming() -> None:
             shell.send(ProgramEnded(program=oldest[0]))
     assert waited_s is not None
     assert 60.0 < waited_s <= 120.0
+
+
+class Silent(PolicyBase):
+    """Never places anybody."""
+
+    def place(self, view: View, program: ProgramView, request: TurnRequested, now: float) -> str | None:
+        return None
+
+
+def test_a_fleet_that_is_idle_is_set_to_work_in_slices() -> None:
+    scheduler = Scheduler(SchedulerConfig(), policy=Silent())
+    names = tuple(f"b{number}" for number in range(2 * MAX_MOVED + 10))
+    for name in names:
+        scheduler.handle(BackendUp(backend=name, generation=0, capacity_tokens=1000, max_running=8), 0.0)
+    scheduler.handle(WeightsUpdating(backends=names), 1.0)
+    for number in range(len(names)):
+        assert scheduler.handle(TurnRequested(program=f"p{number}", request="r", prompt_tokens=5), 2.0) == []
+    slices = [who(scheduler.handle(event, 3.0)) for event in (WeightsUpdated(backends=names), Tick(), Tick(), Tick())]
+    assert [len(moved) for moved in slices] == [MAX_MOVED, MAX_MOVED, 10, 0]

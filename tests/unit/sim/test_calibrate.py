@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import yaml
 
 from thunder_rollout.engine.config import EngineConfig
 from thunder_rollout.engine.fake import FakeEngine
@@ -13,7 +12,7 @@ from thunder_rollout.engine.model import EngineTiming
 from thunder_rollout.engine.virtual_time import run_in_virtual_time
 from thunder_rollout.errors import ConfigError
 from thunder_rollout.sim.calibrate import TERMS, Fit, Observation, calibrate, fit, write_profile
-from thunder_rollout.sim.profiles import EngineProfile
+from thunder_rollout.sim.profiles import EngineProfile, read_profile
 
 TIMING = EngineTiming(
     step_s=3e-3, prefill_token_s=5e-5, decode_turn_s=3e-4, context_token_s=4e-8, prefill_context_s=2e-9
@@ -38,8 +37,8 @@ def test_it_finds_the_terms_of_the_model(tmp_path: Path) -> None:
     assert found.mean_error < 0.02
     for term in TERMS:
         assert getattr(profile, term) == pytest.approx(getattr(TIMING, term), rel=0.1), term
-    write_profile(profile, found, tmp_path / "mine.yaml")
-    again = EngineProfile(**yaml.safe_load((tmp_path / "mine.yaml").read_text()))
+    write_profile(profile, found.notes(), tmp_path / "mine.yaml")
+    again = read_profile(tmp_path / "mine.yaml")
     assert again.step_s == pytest.approx(profile.step_s, rel=1e-3)
     assert again.capacity_tokens == profile.capacity_tokens
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import json
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from thunder_rollout.sim.live_fit import LiveCell
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 
@@ -40,13 +43,17 @@ def test_the_paper_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert len(lines) == 1 + 2 * 4, "two loads, four policies"
 
 
-def test_a_simulator_that_is_off_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def live(load: float, policy: str, *steps_per_min: float) -> LiveCell:
+    return LiveCell("short_tools", load, policy, steps_per_min, None, warmup_s=2.0, measure_s=4.0)
+
+
+def test_a_simulator_that_is_off_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     validate = load("validate_simulator", "validate.py", monkeypatch)
     cells = [
-        validate.Compared(4.0, "sticky", (100.0, 110.0, 105.0), 112.0),
-        validate.Compared(4.0, "thunder", (200.0, 190.0, 210.0), 150.0),
-        validate.Compared(4.0, "capped", (205.0, 220.0), 140.0),
-        validate.Compared(2.0, "sticky", (300.0,), 300.0),
+        validate.Compared(live(4.0, "sticky", 100.0, 110.0, 105.0), 112.0),
+        validate.Compared(live(4.0, "thunder", 200.0, 190.0, 210.0), 150.0),
+        validate.Compared(live(4.0, "capped", 205.0, 220.0), 140.0),
+        validate.Compared(live(2.0, "sticky", 300.0), 300.0),
     ]
     assert cells[0].ratio == pytest.approx(112 / 105)
     assert validate.wrong_order(cells) == [], "thunder and capped overlap live"
@@ -60,17 +67,49 @@ def test_a_simulator_that_is_off_is_told(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.slow
 def test_the_bench_is_played_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     validate = load("validate_simulator", "validate.py", monkeypatch)
+    windows = {"workload": "short_tools", "load": 0.5, "warmup_s": 2.0, "measure_s": 4.0, "steps_per_min": 1000.0}
     rows = [
-        {"load": 0.5, "policy": policy, "steps_per_min": 1000.0, "max_programs": 8 if policy == "capped" else None}
+        {**windows, "policy": policy, "max_programs": 8 if policy == "capped" else None}
         for policy in ("sticky", "capped")
     ]
     bench = tmp_path / "bench.json"
     bench.write_text(json.dumps(rows))
     out = tmp_path / "table.md"
-    windows = ["--warmup-s", "2", "--measure-s", "4"]
-    monkeypatch.setattr(sys, "argv", ["validate.py", "--bench", str(bench), "--out", str(out), *windows])
-    monkeypatch.setattr(sys, "argv", [*sys.argv, "--tolerance", "1e-9"])
+    monkeypatch.setattr(sys, "argv", ["validate.py", "--bench", str(bench), "--out", str(out), "--tolerance", "1e-9"])
     assert validate.main() == 1, "1000 steps/min were made up"
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--tolerance", "1e9"])
     assert validate.main() == 0
     assert "| 0.5 | capped |" in out.read_text()
+
+
+def sim_row(policy: str, load: float, seed: int, steps_per_min: float, hits: float = 0.8) -> dict[str, object]:
+    return {
+        "workload": "short_tools", "load": load, "policy": policy, "seed": seed, "steps_per_min": steps_per_min,
+        "kv_hit_rate": hits, "closed_loop_steps_per_min": 150.0,
+    }  # fmt: skip
+
+
+def test_a_missed_target_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compare = load("compare_policies", "compare.py", monkeypatch)
+    rows = [
+        *(sim_row("adaptive", 1.0, seed, 100.0 + 10 * seed) for seed in range(3)),
+        *(sim_row("thunder", 1.0, seed, 100.0) for seed in range(3)),
+        *(sim_row("infinite_kv", 1.0, seed, 200.0, 0.81) for seed in range(3)),
+        sim_row("adaptive", 4.0, 0, 90.0, 0.64), sim_row("thunder", 4.0, 0, 60.0), sim_row("capped", 4.0, 0, 95.0),
+        sim_row("infinite_kv", 4.0, 0, 100.0),
+    ]  # fmt: skip
+    path = tmp_path / "sim.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    samples = compare.read([path])
+    good, bad = compare.compare(samples)
+    assert (good.best_other, good.of_best, good.missed) == ("thunder", pytest.approx(1.1), [])
+    assert good.over_thunder == (pytest.approx(1.1), pytest.approx(4.30 * 0.1 / 3**0.5))
+    assert good.of_bound == pytest.approx(110 / 150), "the closed loop is the lower bound"
+    assert bad.best_other == "capped"
+    assert bad.missed == ["0.95 of capped", "0.82 of the best peak", "hits 0.80 of infinite KV"]
+    monkeypatch.setattr(sys, "argv", ["compare.py", str(path), "--out", str(tmp_path / "table.md")])
+    assert compare.main() == 1
+    assert "missed: short_tools at 4: 0.95 of capped" in (tmp_path / "table.md").read_text()

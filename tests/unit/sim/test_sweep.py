@@ -70,7 +70,7 @@ def test_capped_is_tuned(result: list[Score]) -> None:
 
 
 def test_processes_change_nothing() -> None:
-    small = config("loads=[1]", "policies=[sticky]", "bounds=false")
+    small = config("loads=[1]", "policies=[sticky]", "bounds=[]")
     alone, spread = run_sweep(small), run_sweep(replace(small, num_processes=2))
     assert [row.result for row in alone] == [row.result for row in spread]
 
@@ -94,6 +94,7 @@ def test_files_and_table(tmp_path: Path) -> None:
     [
         ("workloads=[nothing]", "workloads"),
         ("policies=[best]", "policies"),
+        ("bounds=[sky]", "bounds"),
         ("loads=[0]", "loads"),
         ("sim_engine.max_running=4096", "max_running"),
         ("sim_engine.step_s=0", "step_s"),

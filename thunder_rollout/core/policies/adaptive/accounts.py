@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from operator import sub
 
 from thunder_rollout.core.policies.adaptive.prefill_model import PrefillModel, ServiceClock
 
@@ -25,7 +26,8 @@ class ProgramAccount:
     kind: str | None = None
     backend: str | None = None  # charged there
     last_backend: str | None = None  # ran there last
-    last_odometer: float = 0.0  # of that backend, when it did
+    last_cache: int = 0  # of that backend, then
+    last_odometer: float = 0.0  # of that backend, then
     settled_tokens: int = 0  # its context then
     private_tokens: int = 0  # beyond hashed blocks
     context_tokens: int = 0
@@ -38,7 +40,24 @@ class ProgramAccount:
     last_tool: str | None = None
     group: str | None = None
     runs: dict[int, Run] = field(default_factory=dict)
-    curve: list[float] = field(default_factory=list)  # charged: see `BackendAccount.curve`
+    curve: list[float] = field(default_factory=list)  # its part of `BackendAccount.curve` ...
+    curve_backend: str | None = None  # ... of this backend
+    curve_tokens: int = 0  # ... from this context on
+
+
+@dataclass(slots=True)
+class Refusal:
+    """When a backend had no room: what it was to hold, now and as its programs grow, and how much less
+    would have done for the smallest of those it refused."""
+
+    demand_tokens: float
+    curve: list[float]
+    short_tokens: float  # 0: it was refused for another reason, and any change may help
+
+    def relief_tokens(self, demand_tokens: float, curve: list[float]) -> float:
+        """How much less it is to hold since, at most."""
+        fell: float = max(map(sub, self.curve, curve), default=0.0)
+        return max(0.0, self.demand_tokens - demand_tokens, fell)
 
 
 @dataclass(slots=True)
@@ -52,9 +71,11 @@ class BackendAccount:
     private_tokens: int = 0
     reserve_tokens: float = 0.0
     num_bound: int = 0
+    cache: int = 0  # another one whenever everything it held is void
     refill_tokens: int = 0  # expected in turns in flight that compute again what was computed before
     odometer_tokens: float = 0.0  # ever prefilled or produced here
     mean_turn_s: float = 0.0  # of wall time
     points: tuple[float, ...] = ()  # growth in tokens at which `curve` looks ahead
     curve: list[float] = field(default_factory=list)  # tokens expected in use as its programs grow and leave
-    last_load: tuple[float, int, int] = (0.0, 0, 0)  # demand, turns in flight, refill when last looked at
+    num_curves: int = 0  # programs in it
+    refusal: Refusal | None = None  # of the waiting programs that it had no room for

@@ -46,7 +46,9 @@ class Ledger:
         self.programs: dict[str, ProgramAccount] = {}
         self.backends: dict[str, BackendAccount] = {}
         self.touched: dict[str, None] = {}
+        self.began_acting: dict[str, None] = {}  # backends where a program did since this was last cleared
         self.no_room_for: dict[str, None] = {}  # waiting programs that no backend had room for when all were asked
+        self.queue_changed = False  # since this was last cleared
         self.growth = Growth(prior_growth=config.prior_growth)
         self.return_times = ReturnTimes(
             decay_base=config.decay_base, decay_unit_s=config.decay_unit_s, prior_weight=config.prior_returns
@@ -78,7 +80,7 @@ class Ledger:
         program = self.programs[program_id]
         if program_id in self.tree:
             return self.tree.held_blocks(program_id, backend.name) * (self.block_size or 0)
-        if program.last_backend != backend.name:
+        if program.last_backend != backend.name or program.last_cache != backend.cache:
             return 0
         overwritten = backend.odometer_tokens - program.last_odometer
         return program.settled_tokens if overwritten <= backend.capacity_tokens - self.demand_tokens(backend) else 0
@@ -118,7 +120,8 @@ class Ledger:
         shared = curve[0] - self.tree.unique_blocks(backend.name) * (self.block_size or 0) - backend.private_tokens
         kept = max(0.0, 1.0 - shared / curve[0]) if curve[0] > 0 else 1.0
         fresh = added_tokens / max(1, program.context_tokens)
-        return max(kept * bound + min(1.0, fresh) * tokens for bound, tokens in zip(curve, joining, strict=True))
+        fresh = min(1.0, fresh)
+        return max([kept * bound + fresh * tokens for bound, tokens in zip(curve, joining, strict=True)])
 
     # Events
 
@@ -144,6 +147,7 @@ class Ledger:
         account = self.programs[program.program_id]
         self._charge(account, -1)
         self.no_room_for.pop(program.program_id, None)
+        self.queue_changed |= account.backend is None or program.backend is None
         for grant in [grant for grant in account.runs if grant not in program.turns]:
             self._end_run(grant, account.runs.pop(grant))
         if program.status is Status.TERMINATED:
@@ -157,10 +161,7 @@ class Ledger:
             self.tree.bind(program.program_id, program.backend)
         hashed = self.tree.num_blocks(program.program_id) * (self.block_size or 0)
         account.context_tokens = program.context_tokens
-        account.curve = []
-        if program.backend is not None and not program.marked:
-            points = self.backends[program.backend].points
-            account.curve = self.growth.curve(account.kind, program.context_tokens, points)
+        self._charge_curve(account, None if program.marked else program.backend)
         account.private_tokens = max(0, program.context_tokens - hashed)
         account.num_in_flight = program.num_in_flight
         account.reserve_tokens = sum(
@@ -224,7 +225,9 @@ class Ledger:
         assert self.block_size is not None
         old = self.tree.num_blocks(program_id)
         ran_on = program.last_backend if program is not None else None
-        whole = ran_on is not None and self.tree.held_blocks(program_id, ran_on) == old
+        whole = False
+        if program is not None and ran_on is not None and program.last_cache == self.backends[ran_on].cache:
+            whole = self.tree.held_blocks(program_id, ran_on) == old
         num_shared = self.tree.put(program_id, hashes)
         if program is not None:
             self.tree.bind(program_id, program.backend)
@@ -237,6 +240,8 @@ class Ledger:
         if account.acting_since_s is not None and acting_since_s is None:
             self.return_times.add(account.tool, self.now - account.acting_since_s, returned=program.has_open)
             account.last_tool, account.tool, account.expected_s = account.tool, None, None
+        if acting_since_s is not None and account.acting_since_s is None and program.backend is not None:
+            self.began_acting[program.backend] = None
         account.acting_since_s = acting_since_s
 
     def _charge(self, account: ProgramAccount, sign: int) -> None:
@@ -248,12 +253,28 @@ class Ledger:
         backend.reserve_tokens += sign * account.reserve_tokens
         backend.num_bound += sign
         backend.clock.num_in_flight += sign * account.num_in_flight
-        if account.curve:
-            backend.curve = [total + sign * tokens for total, tokens in zip(backend.curve, account.curve, strict=True)]
         if not backend.num_bound:  # what rounding left
             backend.reserve_tokens = 0.0
-            backend.curve = [0.0] * len(backend.points)
         self.touched[backend.name] = None
+
+    def _charge_curve(self, account: ProgramAccount, name: str | None) -> None:
+        """Its growth counts on the backend `name`, as its context has it now."""
+        if (name, account.context_tokens) == (account.curve_backend, account.curve_tokens):
+            return
+        if account.curve_backend is not None:
+            self._add_curve(self.backends[account.curve_backend], account.curve, -1)
+        account.curve_backend, account.curve_tokens, account.curve = name, account.context_tokens, []
+        if name is not None:
+            backend = self.backends[name]
+            account.curve = self.growth.curve(account.kind, account.context_tokens, backend.points)
+            self._add_curve(backend, account.curve, 1)
+
+    def _add_curve(self, backend: BackendAccount, curve: list[float], sign: int) -> None:
+        backend.num_curves += sign
+        if backend.num_curves:
+            backend.curve = [total + sign * tokens for total, tokens in zip(backend.curve, curve, strict=True)]
+        else:  # and nothing that rounding left
+            backend.curve = [0.0] * len(backend.points)
 
     def _end_run(self, grant: int, run: Run) -> None:
         self._ended[grant] = run
@@ -263,6 +284,7 @@ class Ledger:
         self.touched[run.backend] = None
 
     def _forget(self, program_id: str, account: ProgramAccount) -> None:
+        self._charge_curve(account, None)
         if account.acting_since_s is not None:
             self.return_times.add(account.tool, self.now - account.acting_since_s, returned=False)
         if program_id in self.tree:
@@ -284,6 +306,7 @@ class Ledger:
             uncached = max(0, run.prompt_tokens - event.cached_tokens)
         backend.odometer_tokens += uncached + output
         program.last_backend = run.backend
+        program.last_cache = backend.cache
         program.last_odometer = backend.odometer_tokens
         program.settled_tokens = run.prompt_tokens + output
         self.tree.hold(event.program, run.backend)
@@ -323,13 +346,10 @@ class Ledger:
         self.touched[event.backend] = None
 
     def _void_caches(self, names: tuple[str, ...]) -> None:
-        voided = set(names)
         for name in names:
             self.tree.forget_held(name)
+            self.backends[name].cache += 1
             self.touched[name] = None
-        for program in self.programs.values():
-            if program.last_backend in voided:
-                program.settled_tokens = 0
 
     def _set_block_size(self, block_size: int) -> None:
         self.block_size = block_size

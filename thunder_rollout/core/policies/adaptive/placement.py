@@ -14,11 +14,11 @@ more program adds to throughput, and does not where the engine is busy anyway.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import islice
 
 from thunder_rollout.core.config import AdaptiveConfig
-from thunder_rollout.core.policies.adaptive.accounts import BackendAccount
+from thunder_rollout.core.policies.adaptive.accounts import BackendAccount, Refusal
 from thunder_rollout.core.policies.adaptive.ledger import Ledger
 from thunder_rollout.core.policies.base import ProgramView, View
 
@@ -60,20 +60,23 @@ class Placer:
         self._by_room = Ranking()
 
     def refresh(self, view: View, name: str) -> bool:
-        """The backend's demand, load or openness changed; returns whether there is more room."""
-        backend = view.backends.get(name)
+        """The backend's demand, load or openness changed; returns whether it may have room for one of
+        those it refused."""
+        backend, account = view.backends.get(name), self._ledger.backends[name]
         if backend is None or backend.updating:
             self._by_load.discard(name)
             self._by_room.discard(name)
+            account.refusal = None
             return False
-        is_new = name not in self._by_room
-        account = self._ledger.backends[name]
         in_flight = account.clock.num_in_flight
         self._by_load.put(name, in_flight + account.num_bound, in_flight, account.num_bound)
         demand = self._ledger.demand_tokens(account)
         self._by_room.put(name, demand - account.capacity_tokens, in_flight, 0)
-        before, account.last_load = account.last_load, (demand, in_flight, account.refill_tokens)
-        return is_new or any(now < then for now, then in zip(account.last_load, before, strict=True))
+        refusal = account.refusal
+        if refusal is not None and refusal.relief_tokens(demand, account.curve) < refusal.short_tokens:
+            return False
+        account.refusal = None
+        return True
 
     def choose(
         self, view: View, program: ProgramView, kept: Collection[str], only: Collection[str] | None
@@ -83,33 +86,33 @@ class Placer:
         best: str | None = None
         best_cost: tuple[float, int, int, str] | None = None
         for name in self._candidates(program) if only is None else only:
-            if name in kept or name not in view.backends or view.backends[name].updating:
+            backend = view.backends.get(name)
+            if backend is None or backend.updating or not backend.fits(program.context_tokens):
                 continue
             account = self._ledger.backends[name]
-            if not view.backends[name].fits(program.context_tokens) or not self.has_room(program, account):
+            if name in kept or not self._may_run(program, account):
+                self._refuse(account, 0.0)
+                continue
+            missing = self.missing_tokens(program, account)
+            if missing > 0:
+                self._refuse(account, missing)
                 continue
             cost = self._cost(program, account)
             if best_cost is None or cost < best_cost:
                 best, best_cost = name, cost
         return best
 
-    def keep(self, view: View, program: ProgramView, kept: Collection[str]) -> str | None:
-        """The backend to keep for a program that no one has room for: of those that can hold it, the
-        one with the most room."""
-        names = (name for name in self._by_room if name not in kept)
-        return next((name for name in names if view.backends[name].fits(program.context_tokens)), None)
+    def keep(self, view: View, programs: Iterable[ProgramView], kept: Collection[str]) -> set[str]:
+        """The backends to keep beside `kept` for programs that none has room for: for each, of those that
+        can hold it, the one with the most room."""
+        found: set[str] = set()
+        for program in programs:
+            names = (name for name in self._by_room if name not in kept and name not in found)
+            found.update(islice((name for name in names if view.backends[name].fits(program.context_tokens)), 1))
+        return found
 
     def roomiest(self) -> list[str]:
         return list(islice(self._by_room, NUM_PROBES))
-
-    def has_room(self, program: ProgramView, account: BackendAccount) -> bool:
-        if account.clock.num_in_flight + len(program.pending) > account.max_running:
-            return False
-        if program.ran and account.refill_tokens + program.context_tokens > max(
-            program.context_tokens, self._config.max_refill_share * account.capacity_tokens
-        ):
-            return False
-        return self.missing_tokens(program, account) <= 0
 
     def missing_tokens(self, program: ProgramView, account: BackendAccount) -> float:
         """What would have to be given up there for the program to have room; not above 0 if it has."""
@@ -118,6 +121,22 @@ class Placer:
         now = ledger.demand_tokens(account) + added - config.admit_watermark * account.capacity_tokens
         share = config.least_fill + (config.most_fill - config.least_fill) * ledger.gain(account)
         return max(now, ledger.peak_tokens(program, account, added) - share * account.capacity_tokens)
+
+    def _may_run(self, program: ProgramView, account: BackendAccount) -> bool:
+        """As far as its running sequences and what it computes again are concerned."""
+        if account.clock.num_in_flight + len(program.pending) > account.max_running:
+            return False
+        refill = account.refill_tokens + program.context_tokens
+        allowed = max(program.context_tokens, self._config.max_refill_share * account.capacity_tokens)
+        return not program.ran or refill <= allowed
+
+    def _refuse(self, account: BackendAccount, short_tokens: float) -> None:
+        """Remember the smallest refused since there may have been room, from the present state."""
+        demand, before = self._ledger.demand_tokens(account), account.refusal
+        if before is not None:
+            left = before.short_tokens - before.relief_tokens(demand, account.curve)
+            short_tokens = max(0.0, min(short_tokens, left))
+        account.refusal = Refusal(demand, account.curve, short_tokens)
 
     def _candidates(self, program: ProgramView) -> dict[str, None]:
         ledger = self._ledger

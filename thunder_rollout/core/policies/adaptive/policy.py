@@ -30,6 +30,7 @@ from thunder_rollout.core.queue import SortKey
 
 TICK_SLICE = 32  # backends re-examined by one tick
 MAX_PLACEMENTS = 64  # programs placed by one event; the rest follow with the next
+MAX_ROOMIER = 8  # backends with more room that are tried one by one; beyond, candidates anew
 MAX_GIVEN_UP = 512  # programs whose place is given up for an update by one event; so do the others
 _SHORTEST_ABSENCE_S = 1e-3
 
@@ -43,7 +44,7 @@ class AdaptivePolicy(PolicyBase):
         self._last_blocked: str | None = None  # for whom room was last looked for
         self._updating: list[str] = []  # backends whose programs are to be given up
         self._examine: dict[str, None] = {}
-        self._next_slice = 0
+        self._slice_start = 0
         self._mean_wait_s = 0.0
 
     def queue_key(self, program: ProgramView) -> SortKey:
@@ -80,10 +81,13 @@ class AdaptivePolicy(PolicyBase):
         return own.name if own is not None else None
 
     def restores(self, view: View, now: float, *, tick: bool) -> Iterator[Placement]:
-        self._blocked = None
         roomier = self._refresh(view)
         if tick:
             self._ledger.no_room_for.clear()
+        elif not roomier and not self._ledger.queue_changed:
+            return
+        self._ledger.queue_changed = False
+        self._blocked = None
         num_placed = 0
         while num_placed < MAX_PLACEMENTS and (chosen := self._first_placed(view, now, roomier)) is not None:
             num_placed += 1
@@ -92,10 +96,15 @@ class AdaptivePolicy(PolicyBase):
 
     def releases(self, view: View, now: float, *, tick: bool) -> Iterator[str]:
         yield from self._give_up_places(view)
-        for name in self._to_examine(view, tick=tick):
+        weighed = self._to_weigh(view, tick=tick)
+        self._refresh(view)
+        examined, self._examine = {**self._examine, **weighed}, {}
+        for name in examined:
+            if name not in view.backends:
+                continue
             backend, account = view.backends[name], self._ledger.backends[name]
             yield from self._overflow(backend, account)
-            if self._blocked is not None:
+            if self._blocked is not None and name in weighed:
                 released = self._not_worth_holding(backend, account)
                 yield from released
                 if released:
@@ -108,25 +117,27 @@ class AdaptivePolicy(PolicyBase):
         tried again only where there is more room since."""
         if not view.num_waiting_pending:
             return None
+        owed: list[ProgramView] = []  # a backend, for they wait too long
         kept: set[str] = set()
-        no_room_for = self._ledger.no_room_for
+        no_room_for = self._ledger.no_room_for  # tried again only where there may be room since
         self._blocked = None
         for program in islice(view.waiting(now), self._config.lookahead):
             if not program.pending:
                 return None
-            only = roomier if program.program_id in no_room_for else None
-            name = self._placer.choose(view, program, kept, only)
             since_s = min(pending.since_s for pending in program.pending.values())
-            if name is not None:
-                self._mean_wait_s += (now - since_s - self._mean_wait_s) / 20
-                return Placement(program.program_id, name)
-            no_room_for[program.program_id] = None
+            only = roomier if program.program_id in no_room_for and len(roomier) <= MAX_ROOMIER else None
+            if only is None or only:
+                kept.update(self._placer.keep(view, owed, kept))
+                owed.clear()
+                name = self._placer.choose(view, program, kept, only)
+                if name is not None:
+                    self._mean_wait_s += (now - since_s - self._mean_wait_s) / 20
+                    return Placement(program.program_id, name)
+                no_room_for[program.program_id] = None
             if self._blocked is None:
                 self._blocked = program
             if now - since_s >= self._config.patience_s:
-                keep = self._placer.keep(view, program, kept)
-                if keep is not None:
-                    kept.add(keep)
+                owed.append(program)
         return None
 
     def _give_up_places(self, view: View) -> list[str]:
@@ -147,19 +158,20 @@ class AdaptivePolicy(PolicyBase):
         touched.clear()
         return roomier
 
-    def _to_examine(self, view: View, *, tick: bool) -> list[str]:
-        self._refresh(view)
-        names, self._examine = self._examine, {}
+    def _to_weigh(self, view: View, *, tick: bool) -> dict[str, None]:
+        """Backends where holding may have become a waste: another program acts, another one waits for
+        room, or time has passed."""
+        names, self._ledger.began_acting = self._ledger.began_acting, {}
         blocked = self._blocked.program_id if self._blocked is not None else None
         if blocked != self._last_blocked:
             names.update(dict.fromkeys(self._placer.roomiest()))
         self._last_blocked = blocked
         if tick:
             every = list(view.backends)
-            start = self._next_slice if self._next_slice < len(every) else 0
+            start = self._slice_start if self._slice_start < len(every) else 0
             names.update(dict.fromkeys(every[start : start + TICK_SLICE]))
-            self._next_slice = start + TICK_SLICE
-        return [name for name in names if name in view.backends]
+            self._slice_start = start + TICK_SLICE
+        return names
 
     def _overflow(self, backend: BackendView, account: BackendAccount) -> list[str]:
         ledger = self._ledger
@@ -178,22 +190,21 @@ class AdaptivePolicy(PolicyBase):
         assert blocked is not None
         if backend.updating or not backend.fits(blocked.context_tokens):
             return []
-        programs, items = [], []
-        for program in backend.programs.values():
-            if program.phase is Phase.ACTING and self._is_waste(program, backend, account):
-                programs.append(program)
-                items.append(self._item(program, account))
+        acting = (program for program in backend.programs.values() if program.phase is Phase.ACTING)
+        programs = [program for program in acting if self._is_waste(program, backend, account)]
+        if not programs:
+            return []
+        items = [self._item(program, account) for program in programs]
         need = self._placer.missing_tokens(blocked, account)
         if need <= 0 or sum(item.tokens for item in items) < need:
             return []
         return [programs[index].program_id for index in choose(items, need)]
 
     def _is_waste(self, program: ProgramView, backend: BackendView, account: BackendAccount) -> bool:
-        """Whether holding it until it is back is expected to cost more than computing it again."""
-        tokens = self._ledger.freed_tokens(program.program_id)
-        caching = tokens * self._ledger.absence_s(program.program_id)
-        recompute_s = self._ledger.model(account).prefill_s(tokens, program.context_tokens)
-        return caching > recompute_s * (program.context_tokens + backend.reasoning_tokens)
+        """Whether holding a token of it until it is back is expected to cost more than computing it again."""
+        recompute_s = self._ledger.model(account).prefill_s(1, program.context_tokens)
+        beside = program.context_tokens + backend.reasoning_tokens
+        return self._ledger.absence_s(program.program_id) > recompute_s * beside
 
     def _item(self, program: ProgramView, account: BackendAccount) -> Item:
         """Seconds to compute it again, weighted by how soon it is back and how complete its group is."""

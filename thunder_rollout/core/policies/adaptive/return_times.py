@@ -14,6 +14,7 @@ import math
 _FIRST_EDGE_S = 0.05
 _NUM_CELLS = 24  # edges double: the last finite one lies at five days
 _MEAN_RETURNS = 256  # a running mean forgets at this pace
+_SEEN_A_FIT = 16  # the estimate follows one in so many of what was seen behind
 _LEAST_PRIOR_S = 1e-6  # of the prior in each cell, so that a hazard is always defined
 _EDGES = (0.0, *(_FIRST_EDGE_S * 2.0**index for index in range(_NUM_CELLS - 1)), math.inf)
 
@@ -30,6 +31,7 @@ class Survival:
         self._remaining_s: list[float] | None = None  # expected, at the start of each cell
         self._hazards: list[float] = []
         self.num_returns = 0
+        self._num_seen = self._num_fitted = 0
 
     def add(self, acted_s: float, *, returned: bool) -> None:
         """The program acted for `acted_s` and then came back, or was lost to sight."""
@@ -41,7 +43,9 @@ class Survival:
                 break
             self._exposure_s[cell] += end - start
         self.num_returns += returned
-        self._remaining_s = None
+        self._num_seen += 1
+        if self._num_seen > self._num_fitted * (1 + 1 / _SEEN_A_FIT):
+            self._remaining_s = None
 
     def remaining_s(self, elapsed_s: float) -> float:
         """Expected seconds until it returns, given that it has not after `elapsed_s`."""
@@ -65,6 +69,7 @@ class Survival:
 
     def _table(self) -> list[float]:
         if self._remaining_s is None:
+            self._num_fitted = self._num_seen
             self._hazards = self._estimate()
             table = [1.0 / self._hazards[-1]]
             for cell in reversed(range(_NUM_CELLS - 1)):

@@ -1,0 +1,194 @@
+"""`adaptive` against every other policy and the bounds, from the sim.csv files of `thunder-rollout simulate`.
+
+    python recipes/compare_policies/compare.py runs/compare_policies/*/sim.csv
+
+A cell is one workload at one load. Ratios to the best other policy and to the best peak are of means over
+seeds; margins over `thunder` are paired by seed, with 95% intervals of Student's t over seeds. Writes
+`table.md`; exits with 1 where a target is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+OURS = "adaptive"
+PAPER = "thunder"
+INFINITE_KV = "infinite_kv"
+CLAIRVOYANT = "clairvoyant"
+SHORT_TOOLS = ("short_tools", "mini_swe_agent", "openhands", "grpo_groups", "mixed_sizes")  # medians of seconds
+LEAST_OF_BEST = 0.97
+LEAST_OF_PEAK = 0.9
+LEAST_HITS = 0.95
+PEAK_LOAD = 4.0
+# two-sided 95% quantiles of Student's t with 1, 2, ... degrees of freedom
+T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+
+Samples = Mapping[tuple[str, float, str], Mapping[int, Mapping[str, str]]]  # workload, load, policy -> seed -> row
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """One cell; None where the bound was not run."""
+
+    workload: str
+    load: float
+    steps_per_min: float  # of `adaptive`
+    best_other: str
+    of_best: float
+    over_thunder: tuple[float, float]  # mean and half its interval
+    of_bound: float | None
+    of_clairvoyant: float | None
+    of_peak: float
+    of_infinite_hits: float | None
+
+    @property
+    def missed(self) -> list[str]:
+        found = []
+        if self.of_best < LEAST_OF_BEST:
+            found.append(f"{self.of_best:.2f} of {self.best_other}")
+        if self.load == PEAK_LOAD and self.of_peak < LEAST_OF_PEAK:
+            found.append(f"{self.of_peak:.2f} of the best peak")
+        if self.workload in SHORT_TOOLS and self.of_infinite_hits is not None and self.of_infinite_hits < LEAST_HITS:
+            found.append(f"hits {self.of_infinite_hits:.2f} of infinite KV")
+        return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("runs/compare_policies/table.md"))
+    args = parser.parse_args()
+    samples = read(args.files)
+    cells = compare(samples)
+    text = table(cells, margins(samples))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(text)
+    print(text)
+    return int(any(cell.missed for cell in cells))
+
+
+def read(files: Sequence[Path]) -> Samples:
+    samples: dict[tuple[str, float, str], dict[int, Mapping[str, str]]] = {}
+    for path in files:
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                key = (row["workload"], float(row["load"]), row["policy"])
+                samples.setdefault(key, {})[int(row["seed"])] = row
+    return samples
+
+
+def compare(samples: Samples) -> list[Compared]:
+    cells = dict.fromkeys((workload, load) for workload, load, _ in samples)
+    return [_compared(samples, workload, load) for workload, load in cells]
+
+
+def margins(samples: Samples) -> dict[str, tuple[float, float]]:
+    """By workload: `adaptive` over `thunder`, the geometric mean over loads of each seed."""
+    found = {}
+    for workload in dict.fromkeys(name for name, _, _ in samples):
+        loads = [load for name, load, policy in samples if (name, policy) == (workload, OURS)]
+        ratios = [_paired(samples, workload, load) for load in loads]
+        found[workload] = interval([statistics.geometric_mean(same) for same in zip(*ratios, strict=True)])
+    return found
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half its 95% interval; nan for the latter with one value."""
+    if len(values) < 2:
+        return values[0], math.nan
+    spread = statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.fmean(values), T_95[min(len(values) - 1, len(T_95)) - 1] * spread
+
+
+def table(cells: Sequence[Compared], over_thunder: Mapping[str, tuple[float, float]]) -> str:
+    headers = ("workload", "load", "steps/min", "of the best other", f"over `{PAPER}`", "of the bound")
+    lines = [_line(*headers, "of clairvoyant", "hits / infinite KV"), "|---" * 8 + "|"]
+    lines += [
+        _line(
+            f"`{cell.workload}`",
+            f"{cell.load:g}",
+            f"{cell.steps_per_min:.0f}",
+            f"{cell.of_best:.2f} {cell.best_other}",
+            _with_interval(cell.over_thunder),
+            _share(cell.of_bound),
+            _share(cell.of_clairvoyant),
+            _share(cell.of_infinite_hits),
+        )
+        for cell in cells
+    ]
+    summary = ("workload", f"over `{PAPER}`, all loads", "least of the best other", "at load 4 of the best peak")
+    lines += ["", _line(*summary), "|---" * 4 + "|"]
+    for workload, margin in over_thunder.items():
+        same = [cell for cell in cells if cell.workload == workload]
+        peak = next((cell.of_peak for cell in same if cell.load == PEAK_LOAD), None)
+        least = min(cell.of_best for cell in same)
+        lines.append(_line(f"`{workload}`", _with_interval(margin), f"{least:.2f}", _share(peak)))
+    lines.append("")
+    lines += [f"- missed: {cell.workload} at {cell.load:g}: {', '.join(cell.missed)}" for cell in cells if cell.missed]
+    return "\n".join(lines) + "\n"
+
+
+def _compared(samples: Samples, workload: str, load: float) -> Compared:
+    steps = {
+        policy: _mean(rows, "steps_per_min")
+        for (name, at, policy), rows in samples.items()
+        if (name, at) == (workload, load)
+    }
+    others = {policy: value for policy, value in steps.items() if policy not in (OURS, INFINITE_KV, CLAIRVOYANT)}
+    best_other = max(others, key=lambda policy: others[policy])
+    peak = max(
+        _mean(rows, "steps_per_min")
+        for (name, _, policy), rows in samples.items()
+        if name == workload and policy not in (INFINITE_KV, CLAIRVOYANT)
+    )
+    ours = samples[workload, load, OURS]
+    roomy = samples.get((workload, load, INFINITE_KV))
+    bound = None
+    if roomy is not None:
+        bound = min(steps[INFINITE_KV], _mean(roomy, "closed_loop_steps_per_min"))
+    return Compared(
+        workload=workload,
+        load=load,
+        steps_per_min=steps[OURS],
+        best_other=best_other,
+        of_best=steps[OURS] / others[best_other],
+        over_thunder=interval(_paired(samples, workload, load)),
+        of_bound=None if bound is None else steps[OURS] / bound,
+        of_clairvoyant=steps[OURS] / steps[CLAIRVOYANT] if CLAIRVOYANT in steps else None,
+        of_peak=steps[OURS] / peak,
+        of_infinite_hits=None if roomy is None else _mean(ours, "kv_hit_rate") / _mean(roomy, "kv_hit_rate"),
+    )
+
+
+def _paired(samples: Samples, workload: str, load: float) -> list[float]:
+    ours, papers = samples[workload, load, OURS], samples[workload, load, PAPER]
+    return [
+        float(ours[seed]["steps_per_min"]) / float(papers[seed]["steps_per_min"]) for seed in ours if seed in papers
+    ]
+
+
+def _mean(rows: Mapping[int, Mapping[str, str]], column: str) -> float:
+    return statistics.fmean(float(row[column]) for row in rows.values())
+
+
+def _line(*fields: str) -> str:
+    return "| " + " | ".join(fields) + " |"
+
+
+def _with_interval(value: tuple[float, float]) -> str:
+    return f"{value[0]:.2f}" if math.isnan(value[1]) else f"{value[0]:.2f} ± {value[1]:.2f}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""A profile held against live runs of `thunder-rollout bench`.
+
+`calibrate` drives engines alone; in a live run Ray, the driver and the scheduler take from the cores
+that the engines compute on. Two factors stand for that, one on prefill and one on everything else:
+those that bring the simulated steps/min of the `sticky` rows closest to the live medians (least
+squares of the log-ratio). No other policy's rows are looked at, so that they remain a test.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from thunder_rollout.errors import ConfigError
+from thunder_rollout.sim.cells import Cell, run_cell
+from thunder_rollout.sim.config import SimulateConfig
+from thunder_rollout.sim.profiles import EngineProfile
+from thunder_rollout.sim.workloads import WORKLOADS
+
+FITTED_POLICY = "sticky"
+_Vector = npt.NDArray[np.float64]
+_PREFILL_TERMS = ("prefill_token_s", "prefill_context_s")
+_OTHER_TERMS = ("step_s", "decode_turn_s", "context_token_s", "turn_overhead_s")
+_ROUNDS = 5
+_DIFFERENCE = 0.1  # of the log-factors, for the slopes
+_LONGEST_STEP = 0.7
+_RIDGE = 0.02  # towards the step of no change, where the rows say little about a factor
+_KEYS = {"workload", "policy", "load", "steps_per_min", "warmup_s", "measure_s"}
+
+
+@dataclass(frozen=True, slots=True)
+class LiveCell:
+    """The repetitions (`seeds`) of one cell of bench.json."""
+
+    workload: str
+    load: float
+    policy: str
+    steps_per_min: tuple[float, ...]
+    max_programs: int | None
+    warmup_s: float
+    measure_s: float
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.steps_per_min)
+
+
+def read_bench(path: Path) -> list[LiveCell]:
+    """Raises `ConfigError` for a file that `thunder-rollout bench` of this version did not write."""
+    try:
+        rows: list[dict[str, Any]] = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"bench={path}: {error}; give the bench.json of `thunder-rollout bench`") from None
+    cells: dict[tuple[float, str], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        if missing := _KEYS - row.keys():
+            raise ConfigError(f"bench={path}: a row without {', '.join(sorted(missing))}; run the benchmark again")
+        if row["workload"] not in WORKLOADS:
+            raise ConfigError(f"bench={path}: workload {row['workload']!r} is not simulated")
+        cells[row["load"], row["policy"]].append(row)
+    return [
+        LiveCell(
+            workload=same[0]["workload"],
+            load=load,
+            policy=policy,
+            steps_per_min=tuple(row["steps_per_min"] for row in same),
+            max_programs=same[0].get("max_programs"),
+            warmup_s=same[0]["warmup_s"],
+            measure_s=same[0]["measure_s"],
+        )
+        for (load, policy), same in sorted(cells.items())
+    ]
+
+
+def simulated(cell: LiveCell, config: SimulateConfig) -> float:
+    """Its steps/min in virtual time, the mean over `config.seeds`."""
+    config = replace(config, warmup_s=cell.warmup_s, measure_s=cell.measure_s)
+    same = [
+        Cell(
+            config=config,
+            workload=cell.workload,
+            policy=cell.policy,
+            load=cell.load,
+            seed=seed,
+            max_programs=cell.max_programs,
+        )
+        for seed in config.seeds
+    ]
+    return statistics.fmean(run_cell(one).result.steps_per_min for one in same)
+
+
+def scale_to_bench(cells: Sequence[LiveCell], config: SimulateConfig) -> EngineProfile:
+    """`config.sim_engine` scaled by the two factors, by Gauss-Newton on their logarithms."""
+    fitted = [cell for cell in cells if cell.policy == FITTED_POLICY]
+    if len(fitted) < 2:
+        raise ConfigError(f"bench: {len(fitted)} loads with rows of {FITTED_POLICY!r}; two are needed for two factors")
+
+    def misses(factors: _Vector) -> _Vector:
+        others, prefill = np.exp(factors)
+        scaled = replace(config, sim_engine=scale(config.sim_engine, others, prefill))
+        return np.array([math.log(simulated(cell, scaled) / cell.median) for cell in fitted])
+
+    at = np.zeros(2)
+    best, best_misses = at, misses(at)
+    now = best_misses
+    for _ in range(_ROUNDS):
+        slopes = np.column_stack([(misses(at + _DIFFERENCE * axis) - now) / _DIFFERENCE for axis in np.eye(2)])
+        step = np.linalg.solve(slopes.T @ slopes + _RIDGE * np.eye(2), -slopes.T @ now)
+        at = at + np.clip(step, -_LONGEST_STEP, _LONGEST_STEP)
+        now = misses(at)
+        if now @ now < best_misses @ best_misses:
+            best, best_misses = at, now
+    others, prefill = np.exp(best)
+    error = math.sqrt(best_misses @ best_misses / len(fitted))
+    profile = scale(config.sim_engine, others, prefill)
+    source = (
+        f"{profile.source}; scaled to {len(fitted)} live {FITTED_POLICY} cells: "
+        f"prefill x {prefill:.2f}, the rest x {others:.2f}, RMS error {error:.0%}"
+    )
+    return replace(profile, source=source)
+
+
+def scale(profile: EngineProfile, others: float, prefill: float) -> EngineProfile:
+    factors = dict.fromkeys(_PREFILL_TERMS, prefill) | dict.fromkeys(_OTHER_TERMS, others)
+    scaled: dict[str, Any] = {name: float(getattr(profile, name) * factor) for name, factor in factors.items()}
+    return replace(profile, **scaled)
