@@ -20,6 +20,7 @@ from thunder_rollout.sim.sweep import run_sweep
 
 logger = logging.getLogger(__name__)
 
+_TABLE_WIDTH = 210  # in a file or a pipe rich would squeeze it into 80
 COST_TERMS = ("decode", "prefill", "recompute", "unused", "caching")
 _RESULT_COLUMNS = (
     "num_turns",
@@ -74,6 +75,7 @@ def write_csv(rows: Iterable[Score], path: Path) -> None:
 
 def print_table(rows: Sequence[Score], console: Console) -> None:
     """One line for each workload, load and policy: means over seeds (with the spread of steps/min)."""
+    console.width = max(console.width, _TABLE_WIDTH)
     table = Table(title="thunder-rollout simulate")
     headers = ("workload", "load", "programs", "policy", "steps/min", "of bound", "of seer", "KV hits", "of inf.")
     waits = ("latency p50 s", "p95 s", "wait p99 s", "imbalance")
