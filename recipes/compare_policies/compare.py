@@ -18,10 +18,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from thunder_rollout.errors import ConfigError
+from thunder_rollout.sim.bounds import CLAIRVOYANT, INFINITE_KV
+
 OURS = "adaptive"
 PAPER = "thunder"
-INFINITE_KV = "infinite_kv"
-CLAIRVOYANT = "clairvoyant"
 SHORT_TOOLS = ("short_tools", "mini_swe_agent", "openhands", "grpo_groups", "mixed_sizes")  # medians of seconds
 LEAST_OF_BEST = 0.97
 LEAST_OF_PEAK = 0.9
@@ -42,7 +43,7 @@ class Compared:
     steps_per_min: float  # of `adaptive`
     best_other: str
     of_best: float
-    over_thunder: tuple[float, float]  # mean and half its interval
+    over_thunder: tuple[float, float] | None  # mean and half its interval
     of_bound: float | None
     of_clairvoyant: float | None
     of_peak: float
@@ -80,11 +81,14 @@ def read(files: Sequence[Path]) -> Samples:
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
                 key = (row["workload"], float(row["load"]), row["policy"])
-                samples.setdefault(key, {})[int(row["seed"])] = row
+                if int(row["seed"]) in samples.setdefault(key, {}):
+                    raise ConfigError(f"{path}: {key} with seed {row['seed']} was read before; give each cell once")
+                samples[key][int(row["seed"])] = row
     return samples
 
 
 def compare(samples: Samples) -> list[Compared]:
+    """Raises `ConfigError` where a cell lacks `adaptive` or every other policy."""
     cells = dict.fromkeys((workload, load) for workload, load, _ in samples)
     return [_compared(samples, workload, load) for workload, load in cells]
 
@@ -95,7 +99,11 @@ def margins(samples: Samples) -> dict[str, tuple[float, float]]:
     for workload in dict.fromkeys(name for name, _, _ in samples):
         loads = [load for name, load, policy in samples if (name, policy) == (workload, OURS)]
         ratios = [_paired(samples, workload, load) for load in loads]
-        found[workload] = interval([statistics.geometric_mean(same) for same in zip(*ratios, strict=True)])
+        seeds = set.intersection(*(set(ratio) for ratio in ratios))
+        if seeds:
+            found[workload] = interval(
+                [statistics.geometric_mean(ratio[seed] for ratio in ratios) for seed in sorted(seeds)]
+            )
     return found
 
 
@@ -142,6 +150,8 @@ def _compared(samples: Samples, workload: str, load: float) -> Compared:
         if (name, at) == (workload, load)
     }
     others = {policy: value for policy, value in steps.items() if policy not in (OURS, INFINITE_KV, CLAIRVOYANT)}
+    if OURS not in steps or not others:
+        raise ConfigError(f"{workload} at load {load:g}: needs {OURS} and at least one other policy, has {list(steps)}")
     best_other = max(others, key=lambda policy: others[policy])
     peak = max(
         _mean(rows, "steps_per_min")
@@ -149,29 +159,29 @@ def _compared(samples: Samples, workload: str, load: float) -> Compared:
         if name == workload and policy not in (INFINITE_KV, CLAIRVOYANT)
     )
     ours = samples[workload, load, OURS]
-    roomy = samples.get((workload, load, INFINITE_KV))
-    bound = None
-    if roomy is not None:
-        bound = min(steps[INFINITE_KV], _mean(roomy, "closed_loop_steps_per_min"))
+    paired = list(_paired(samples, workload, load).values())
     return Compared(
         workload=workload,
         load=load,
         steps_per_min=steps[OURS],
         best_other=best_other,
         of_best=steps[OURS] / others[best_other],
-        over_thunder=interval(_paired(samples, workload, load)),
-        of_bound=None if bound is None else steps[OURS] / bound,
-        of_clairvoyant=steps[OURS] / steps[CLAIRVOYANT] if CLAIRVOYANT in steps else None,
+        over_thunder=interval(paired) if paired else None,
+        of_bound=_mean_share(ours, "bound_share"),
+        of_clairvoyant=_mean_share(ours, "clairvoyant_share"),
         of_peak=steps[OURS] / peak,
-        of_infinite_hits=None if roomy is None else _mean(ours, "kv_hit_rate") / _mean(roomy, "kv_hit_rate"),
+        of_infinite_hits=_mean_share(ours, "hit_share"),
     )
 
 
-def _paired(samples: Samples, workload: str, load: float) -> list[float]:
-    ours, papers = samples[workload, load, OURS], samples[workload, load, PAPER]
-    return [
-        float(ours[seed]["steps_per_min"]) / float(papers[seed]["steps_per_min"]) for seed in ours if seed in papers
-    ]
+def _paired(samples: Samples, workload: str, load: float) -> dict[int, float]:
+    """`adaptive` over `thunder`, by seed."""
+    ours, papers = samples[workload, load, OURS], samples.get((workload, load, PAPER), {})
+    return {
+        seed: float(row["steps_per_min"]) / float(papers[seed]["steps_per_min"])
+        for seed, row in ours.items()
+        if seed in papers
+    }
 
 
 def _mean(rows: Mapping[int, Mapping[str, str]], column: str) -> float:
@@ -182,7 +192,15 @@ def _line(*fields: str) -> str:
     return "| " + " | ".join(fields) + " |"
 
 
-def _with_interval(value: tuple[float, float]) -> str:
+def _mean_share(rows: Mapping[int, Mapping[str, str]], column: str) -> float | None:
+    """None where no row has the bound."""
+    values = [float(row[column]) for row in rows.values() if row[column]]
+    return statistics.fmean(values) if values else None
+
+
+def _with_interval(value: tuple[float, float] | None) -> str:
+    if value is None:
+        return "-"
     return f"{value[0]:.2f}" if math.isnan(value[1]) else f"{value[0]:.2f} ± {value[1]:.2f}"
 
 

@@ -60,6 +60,7 @@ def wrong_order(compared: Sequence[Compared]) -> list[tuple[Compared, Compared]]
         for slower in compared
         for faster in compared
         if slower.cell.load == faster.cell.load
+        and min(len(slower.cell.steps_per_min), len(faster.cell.steps_per_min)) > 1
         and max(slower.cell.steps_per_min) < min(faster.cell.steps_per_min)
         and slower.simulated >= faster.simulated
     ]

@@ -284,11 +284,15 @@ class Scheduler:
     def _keep_moving(self, now: float) -> None:
         if not self._state.num_waiting_pending or not self._state.has_idle_backend():
             return
-        for backend in self._state.idle_backends()[:MAX_MOVED]:
+        num_moved = 0
+        for backend in self._state.idle_backends():
             waiting = takewhile(lambda program: program.pending, self._state.waiting(now))
             first = next((program for program in waiting if backend.fits(program.context_tokens)), None)
             if first is not None:
                 self._restore(first, backend, now)
+                num_moved += 1
+                if num_moved == MAX_MOVED:
+                    return
 
     def _place(self, program: Program, request: TurnRequested, now: float) -> None:
         name = self._policy.place(self._state, program, request, now)

@@ -227,7 +227,7 @@ class State:
         self._tell(program)
 
     def _tell(self, program: Program) -> None:
-        if program.backend is not None and program.pending and program.program_id in self.programs:
+        if program.backend is not None and program.pending:
             self._held[program.program_id] = program
         else:
             self._held.pop(program.program_id, None)

@@ -66,12 +66,12 @@ class Fit:
 async def run_calibration(config: CalibrateConfig) -> str:
     """Measure the engine or take the given profile, scale it if live runs are given, and write it;
     returns what to tell the user."""
+    cells = read_bench(Path(config.bench)) if config.bench is not None else None
     if config.profile is not None:
         profile, notes = read_profile(Path(config.profile)), list[str]()
     else:
         profile, notes = await _measured(config)
-    if config.bench is not None:
-        cells = read_bench(Path(config.bench))
+    if cells is not None:
         settings = SimulateConfig(sim_engine=profile, num_backends=config.num_engines, seeds=[0, 1])
         profile = await asyncio.to_thread(scale_to_bench, cells, settings)
     write_profile(replace(profile, name=config.name), notes, Path(config.out))

@@ -34,17 +34,18 @@ _ROUNDS = 5
 _DIFFERENCE = 0.1  # of the log-factors, for the slopes
 _LONGEST_STEP = 0.7
 _RIDGE = 0.02  # towards the step of no change, where the rows say little about a factor
-_KEYS = {"workload", "policy", "load", "steps_per_min", "warmup_s", "measure_s"}
+_KEYS = {"workload", "policy", "load", "num_programs", "steps_per_min", "warmup_s", "measure_s"}
 
 
 @dataclass(frozen=True, slots=True)
 class LiveCell:
-    """The repetitions (`seeds`) of one cell of bench.json."""
+    """The repetitions (one a seed) of one cell of bench.json."""
 
     workload: str
     load: float
     policy: str
     steps_per_min: tuple[float, ...]
+    num_programs: int
     max_programs: int | None
     warmup_s: float
     measure_s: float
@@ -73,6 +74,7 @@ def read_bench(path: Path) -> list[LiveCell]:
             load=load,
             policy=policy,
             steps_per_min=tuple(row["steps_per_min"] for row in same),
+            num_programs=same[0]["num_programs"],
             max_programs=same[0].get("max_programs"),
             warmup_s=same[0]["warmup_s"],
             measure_s=same[0]["measure_s"],
@@ -82,7 +84,8 @@ def read_bench(path: Path) -> list[LiveCell]:
 
 
 def simulated(cell: LiveCell, config: SimulateConfig) -> float:
-    """Its steps/min in virtual time, the mean over `config.seeds`."""
+    """Its steps/min in virtual time, the mean over `config.seeds`. Raises `ConfigError` where the engines
+    simulated are not those of the live run."""
     config = replace(config, warmup_s=cell.warmup_s, measure_s=cell.measure_s)
     same = [
         Cell(
@@ -95,7 +98,13 @@ def simulated(cell: LiveCell, config: SimulateConfig) -> float:
         )
         for seed in config.seeds
     ]
-    return statistics.fmean(run_cell(one).result.steps_per_min for one in same)
+    rows = [run_cell(one) for one in same]
+    if rows[0].num_programs != cell.num_programs:
+        raise ConfigError(
+            f"bench: load {cell.load:g} had {cell.num_programs} programs, simulated are {rows[0].num_programs}; "
+            "give num_engines and a profile of the same KV capacity, and the workload's defaults"
+        )
+    return statistics.fmean(row.result.steps_per_min for row in rows)
 
 
 def scale_to_bench(cells: Sequence[LiveCell], config: SimulateConfig) -> EngineProfile:

@@ -151,7 +151,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             ledger, again = state_ledger(self.shell), {decision.program for decision in decisions}
             for program_id, account in ledger.programs.items():
                 if account.last_backend in names and program_id not in again:
-                    assert account.last_cache != state_ledger(self.shell).backends[account.last_backend].cache, "void"
+                    home = ledger.backends[account.last_backend]
+                    assert account.last_cache != home.cache
+                    assert program_id in ledger.tree or ledger.resident_tokens(program_id, home) == 0, "void"
 
     @rule(data=st.data(), used_tokens=st.none() | st.integers(0, 100))
     @precondition(lambda self: self.generations)

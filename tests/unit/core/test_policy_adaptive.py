@@ -133,7 +133,7 @@ def ended_at(shell: Harness, tokens: int) -> None:
 
 
 def test_the_peak_to_come_decides_where_growth_is_known() -> None:
-    growing, grown = adaptive(), adaptive(prior_growth=0.0)
+    growing, grown = adaptive(), adaptive()
     ended_at(growing, 700)
     for shell, admitted in ((growing, []), (grown, ["q"])):
         shell.ask("p", 400)
@@ -141,7 +141,7 @@ def test_the_peak_to_come_decides_where_growth_is_known() -> None:
 
 
 def test_a_shared_prefix_counts_once_in_the_peak_to_come() -> None:
-    shell = adaptive(prior_growth=0.0)
+    shell = adaptive()
     shell.ask("p", 640, block_hashes=tuple(range(40)))
     assert who(shell.ask("q", 640, block_hashes=tuple(range(40)))) == ["q"]
     assert who(shell.ask("r", 640, block_hashes=tuple(range(1000, 1040)))) == []
@@ -183,6 +183,7 @@ def test_a_backend_is_kept_for_who_waits_too_long() -> None:
     shell.now = 6.0
     assert who(shell.ask("late", 100)) == []
     assert shell.scheduler.waiting_order() == ["long", "late"]
+    assert who(shell.send(ProgramEnded(program="long"))) == ["late"], "what was kept is given back"
 
 
 def test_a_nearly_complete_group_goes_first() -> None:

@@ -126,3 +126,13 @@ def test_a_fleet_that_is_idle_is_set_to_work_in_slices() -> None:
         assert scheduler.handle(TurnRequested(program=f"p{number}", request="r", prompt_tokens=5), 2.0) == []
     slices = [who(scheduler.handle(event, 3.0)) for event in (WeightsUpdated(backends=names), Tick(), Tick(), Tick())]
     assert [len(moved) for moved in slices] == [MAX_MOVED, MAX_MOVED, 10, 0]
+
+
+def test_idle_backends_that_can_hold_nobody_are_not_in_the_way() -> None:
+    scheduler = Scheduler(SchedulerConfig(), policy=Silent())
+    for number in range(MAX_MOVED + 1):
+        tokens = 1000 if number < MAX_MOVED else 5000
+        scheduler.handle(BackendUp(backend=f"b{number:03d}", generation=0, capacity_tokens=tokens, max_running=8), 0.0)
+    (restore,) = scheduler.handle(TurnRequested(program="long", request="r", prompt_tokens=3000), 1.0)
+    assert isinstance(restore, Restore)
+    assert restore.backend == f"b{MAX_MOVED:03d}"

@@ -12,6 +12,7 @@ from types import ModuleType
 
 import pytest
 
+from thunder_rollout.errors import ConfigError
 from thunder_rollout.sim.live_fit import LiveCell
 
 RECIPES = Path(__file__).parents[3] / "recipes"
@@ -44,7 +45,7 @@ def test_the_paper_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
 
 
 def live(load: float, policy: str, *steps_per_min: float) -> LiveCell:
-    return LiveCell("short_tools", load, policy, steps_per_min, None, warmup_s=2.0, measure_s=4.0)
+    return LiveCell("short_tools", load, policy, steps_per_min, 16, None, warmup_s=2.0, measure_s=4.0)
 
 
 def test_a_simulator_that_is_off_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +68,10 @@ def test_a_simulator_that_is_off_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.slow
 def test_the_bench_is_played_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     validate = load("validate_simulator", "validate.py", monkeypatch)
-    windows = {"workload": "short_tools", "load": 0.5, "warmup_s": 2.0, "measure_s": 4.0, "steps_per_min": 1000.0}
+    windows = {
+        "workload": "short_tools", "load": 0.5, "warmup_s": 2.0, "measure_s": 4.0, "steps_per_min": 1000.0,
+        "num_programs": 16,
+    }  # fmt: skip
     rows = [
         {**windows, "policy": policy, "max_programs": 8 if policy == "capped" else None}
         for policy in ("sticky", "capped")
@@ -82,20 +86,22 @@ def test_the_bench_is_played_again(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "| 0.5 | capped |" in out.read_text()
 
 
-def sim_row(policy: str, load: float, seed: int, steps_per_min: float, hits: float = 0.8) -> dict[str, object]:
+def sim_row(
+    policy: str, load: float, seed: int, steps_per_min: float, share: float = 0.7, hits: float = 0.98
+) -> dict[str, object]:
     return {
         "workload": "short_tools", "load": load, "policy": policy, "seed": seed, "steps_per_min": steps_per_min,
-        "kv_hit_rate": hits, "closed_loop_steps_per_min": 150.0,
+        "bound_share": share, "hit_share": hits, "clairvoyant_share": "",
     }  # fmt: skip
 
 
 def test_a_missed_target_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compare = load("compare_policies", "compare.py", monkeypatch)
     rows = [
-        *(sim_row("adaptive", 1.0, seed, 100.0 + 10 * seed) for seed in range(3)),
+        *(sim_row("adaptive", 1.0, seed, 100.0 + 10 * seed, 0.7 + 0.1 * seed) for seed in range(3)),
         *(sim_row("thunder", 1.0, seed, 100.0) for seed in range(3)),
-        *(sim_row("infinite_kv", 1.0, seed, 200.0, 0.81) for seed in range(3)),
-        sim_row("adaptive", 4.0, 0, 90.0, 0.64), sim_row("thunder", 4.0, 0, 60.0), sim_row("capped", 4.0, 0, 95.0),
+        *(sim_row("infinite_kv", 1.0, seed, 200.0) for seed in range(3)),
+        sim_row("adaptive", 4.0, 0, 90.0, 0.6, 0.8), sim_row("thunder", 4.0, 0, 60.0), sim_row("capped", 4.0, 0, 95.0),
         sim_row("infinite_kv", 4.0, 0, 100.0),
     ]  # fmt: skip
     path = tmp_path / "sim.csv"
@@ -107,9 +113,13 @@ def test_a_missed_target_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     good, bad = compare.compare(samples)
     assert (good.best_other, good.of_best, good.missed) == ("thunder", pytest.approx(1.1), [])
     assert good.over_thunder == (pytest.approx(1.1), pytest.approx(4.30 * 0.1 / 3**0.5))
-    assert good.of_bound == pytest.approx(110 / 150), "the closed loop is the lower bound"
+    assert good.of_bound == pytest.approx(0.8)
+    assert good.of_clairvoyant is None
     assert bad.best_other == "capped"
     assert bad.missed == ["0.95 of capped", "0.82 of the best peak", "hits 0.80 of infinite KV"]
     monkeypatch.setattr(sys, "argv", ["compare.py", str(path), "--out", str(tmp_path / "table.md")])
     assert compare.main() == 1
+    assert compare.margins(samples)["short_tools"][0] == pytest.approx(1.5**0.5), "of the seed that both loads have"
+    with pytest.raises(ConfigError, match="read before"):
+        compare.read([path, path])
     assert "missed: short_tools at 4: 0.95 of capped" in (tmp_path / "table.md").read_text()

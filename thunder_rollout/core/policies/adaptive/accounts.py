@@ -47,17 +47,18 @@ class ProgramAccount:
 
 @dataclass(slots=True)
 class Refusal:
-    """When a backend had no room: what it was to hold, now and as its programs grow, and how much less
-    would have done for the smallest of those it refused."""
+    """A backend had no room: what it was to hold then, now and as its programs grow, and the largest
+    context for which there was room, as far as those it refused tell (inf: refused for another reason)."""
 
     demand_tokens: float
     curve: list[float]
-    short_tokens: float  # 0: it was refused for another reason, and any change may help
+    room_tokens: float
 
-    def relief_tokens(self, demand_tokens: float, curve: list[float]) -> float:
-        """How much less it is to hold since, at most."""
+    def room_now_tokens(self, demand_tokens: float, curve: list[float]) -> float:
+        """The largest context for which there may be room since. What was learned meanwhile, of growth and
+        gain, is left out: ticks forget refusals, some backends with each."""
         fell: float = max(map(sub, self.curve, curve), default=0.0)
-        return max(0.0, self.demand_tokens - demand_tokens, fell)
+        return self.room_tokens + max(0.0, self.demand_tokens - demand_tokens, fell)
 
 
 @dataclass(slots=True)

@@ -118,7 +118,7 @@ class Ledger:
         kind, curve, points = self.programs[program.program_id].kind, backend.curve, backend.points
         joining = self.growth.curve(kind, program.context_tokens, points)
         shared = curve[0] - self.tree.unique_blocks(backend.name) * (self.block_size or 0) - backend.private_tokens
-        kept = max(0.0, 1.0 - shared / curve[0]) if curve[0] > 0 else 1.0
+        kept = min(1.0, max(0.0, 1.0 - shared / curve[0])) if curve[0] > 0 else 1.0
         fresh = added_tokens / max(1, program.context_tokens)
         fresh = min(1.0, fresh)
         return max([kept * bound + fresh * tokens for bound, tokens in zip(curve, joining, strict=True)])
@@ -342,6 +342,7 @@ class Ledger:
             old.generation = event.generation
             old.capacity_tokens = event.capacity_tokens
             old.max_running = event.max_running
+            old.refusal = None
         self._size_pool(self.backends[event.backend])
         self.touched[event.backend] = None
 

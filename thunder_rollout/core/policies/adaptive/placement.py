@@ -13,8 +13,9 @@ more program adds to throughput, and does not where the engine is busy anyway.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from itertools import islice
 
 from thunder_rollout.core.config import AdaptiveConfig
@@ -58,10 +59,11 @@ class Placer:
         self._ledger = ledger
         self._by_load = Ranking()
         self._by_room = Ranking()
+        self.smallest_tokens = 0.0  # context of the smallest of those that wait and are looked at
 
     def refresh(self, view: View, name: str) -> bool:
         """The backend's demand, load or openness changed; returns whether it may have room for one of
-        those it refused."""
+        those that wait."""
         backend, account = view.backends.get(name), self._ledger.backends[name]
         if backend is None or backend.updating:
             self._by_load.discard(name)
@@ -73,7 +75,7 @@ class Placer:
         demand = self._ledger.demand_tokens(account)
         self._by_room.put(name, demand - account.capacity_tokens, in_flight, 0)
         refusal = account.refusal
-        if refusal is not None and refusal.relief_tokens(demand, account.curve) < refusal.short_tokens:
+        if refusal is not None and refusal.room_now_tokens(demand, account.curve) < self.smallest_tokens:
             return False
         account.refusal = None
         return True
@@ -85,31 +87,28 @@ class Placer:
         has room for it."""
         best: str | None = None
         best_cost: tuple[float, int, int, str] | None = None
-        for name in self._candidates(program) if only is None else only:
+        for name in self._candidates(program, kept) if only is None else only:
             backend = view.backends.get(name)
             if backend is None or backend.updating or not backend.fits(program.context_tokens):
                 continue
             account = self._ledger.backends[name]
             if name in kept or not self._may_run(program, account):
-                self._refuse(account, 0.0)
+                self._refuse(account, math.inf)
                 continue
             missing = self.missing_tokens(program, account)
             if missing > 0:
-                self._refuse(account, missing)
+                self._refuse(account, program.context_tokens - missing)
                 continue
             cost = self._cost(program, account)
             if best_cost is None or cost < best_cost:
                 best, best_cost = name, cost
         return best
 
-    def keep(self, view: View, programs: Iterable[ProgramView], kept: Collection[str]) -> set[str]:
-        """The backends to keep beside `kept` for programs that none has room for: for each, of those that
-        can hold it, the one with the most room."""
-        found: set[str] = set()
-        for program in programs:
-            names = (name for name in self._by_room if name not in kept and name not in found)
-            found.update(islice((name for name in names if view.backends[name].fits(program.context_tokens)), 1))
-        return found
+    def keep(self, view: View, program: ProgramView, kept: Collection[str]) -> str | None:
+        """The backend to keep for a program that none has room for: of those that can hold it and are not
+        kept already, the one with the most room."""
+        names = (name for name in self._by_room if name not in kept)
+        return next((name for name in names if view.backends[name].fits(program.context_tokens)), None)
 
     def roomiest(self) -> list[str]:
         return list(islice(self._by_room, NUM_PROBES))
@@ -130,21 +129,20 @@ class Placer:
         allowed = max(program.context_tokens, self._config.max_refill_share * account.capacity_tokens)
         return not program.ran or refill <= allowed
 
-    def _refuse(self, account: BackendAccount, short_tokens: float) -> None:
-        """Remember the smallest refused since there may have been room, from the present state."""
+    def _refuse(self, account: BackendAccount, room_tokens: float) -> None:
+        """A context of `room_tokens` would have had room; what was refused before counts from now on too."""
         demand, before = self._ledger.demand_tokens(account), account.refusal
         if before is not None:
-            left = before.short_tokens - before.relief_tokens(demand, account.curve)
-            short_tokens = max(0.0, min(short_tokens, left))
-        account.refusal = Refusal(demand, account.curve, short_tokens)
+            room_tokens = max(room_tokens, before.room_now_tokens(demand, account.curve))
+        account.refusal = Refusal(demand, account.curve, room_tokens)
 
-    def _candidates(self, program: ProgramView) -> dict[str, None]:
+    def _candidates(self, program: ProgramView, kept: Collection[str]) -> dict[str, None]:
         ledger = self._ledger
         last = ledger.programs[program.program_id].last_backend
         names = dict.fromkeys(() if last is None else (last,))
         names.update(dict.fromkeys(islice(ledger.tree.holders(program.program_id), NUM_PROBES)))
-        names.update(dict.fromkeys(islice(self._by_load, NUM_PROBES)))
-        names.update(dict.fromkeys(islice(self._by_room, NUM_PROBES)))
+        for ranking in (self._by_load, self._by_room):
+            names.update(dict.fromkeys(islice((name for name in ranking if name not in kept), NUM_PROBES)))
         return names
 
     def _cost(self, program: ProgramView, account: BackendAccount) -> tuple[float, int, int, str]:

@@ -15,6 +15,7 @@ The tick re-examines what only time changes, a slice of the backends at a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
 from itertools import islice
 
@@ -25,7 +26,7 @@ from thunder_rollout.core.policies.adaptive.ledger import Ledger
 from thunder_rollout.core.policies.adaptive.placement import Placer
 from thunder_rollout.core.policies.adaptive.victims import Item, choose
 from thunder_rollout.core.policies.base import BackendView, Placement, PolicyBase, ProgramView, View, home
-from thunder_rollout.core.program import Phase
+from thunder_rollout.core.program import Phase, Status
 from thunder_rollout.core.queue import SortKey
 
 TICK_SLICE = 32  # backends re-examined by one tick
@@ -42,6 +43,8 @@ class AdaptivePolicy(PolicyBase):
         self._placer = Placer(config, self._ledger)
         self._blocked: ProgramView | None = None  # the first waiting program that found no room
         self._last_blocked: str | None = None  # for whom room was last looked for
+        self._kept_for: dict[str, str] = {}  # backend by the waiting program it is kept for
+        self._given_back: set[str] = set()  # backends that are not kept any more
         self._updating: list[str] = []  # backends whose programs are to be given up
         self._examine: dict[str, None] = {}
         self._slice_start = 0
@@ -59,6 +62,10 @@ class AdaptivePolicy(PolicyBase):
 
     def changed(self, program: ProgramView) -> None:
         self._ledger.changed(program)
+        if program.program_id in self._kept_for and (
+            program.backend is not None or program.status is Status.TERMINATED
+        ):
+            self._given_back.add(self._kept_for.pop(program.program_id))
 
     def granted(self, program: ProgramView, request: TurnRequested, backend: str, grant: int) -> None:
         self._ledger.granted(program, request, backend, grant)
@@ -81,7 +88,8 @@ class AdaptivePolicy(PolicyBase):
         return own.name if own is not None else None
 
     def restores(self, view: View, now: float, *, tick: bool) -> Iterator[Placement]:
-        roomier = self._refresh(view)
+        roomier = self._refresh(view) | self._given_back
+        self._given_back = set()
         if tick:
             self._ledger.no_room_for.clear()
         elif not roomier and not self._ledger.queue_changed:
@@ -99,16 +107,17 @@ class AdaptivePolicy(PolicyBase):
         weighed = self._to_weigh(view, tick=tick)
         self._refresh(view)
         examined, self._examine = {**self._examine, **weighed}, {}
+        is_room_made = self._blocked is None
         for name in examined:
             if name not in view.backends:
                 continue
             backend, account = view.backends[name], self._ledger.backends[name]
             yield from self._overflow(backend, account)
-            if self._blocked is not None and name in weighed:
-                released = self._not_worth_holding(backend, account)
-                yield from released
-                if released:
-                    return
+            if is_room_made or name not in weighed:
+                continue
+            released = self._not_worth_holding(backend, account)
+            is_room_made = bool(released)
+            yield from released
 
     # Inside
 
@@ -119,16 +128,17 @@ class AdaptivePolicy(PolicyBase):
             return None
         owed: list[ProgramView] = []  # a backend, for they wait too long
         kept: set[str] = set()
+        smallest_tokens: float = math.inf
         no_room_for = self._ledger.no_room_for  # tried again only where there may be room since
         self._blocked = None
         for program in islice(view.waiting(now), self._config.lookahead):
             if not program.pending:
-                return None
+                break
+            smallest_tokens = min(smallest_tokens, program.context_tokens)
             since_s = min(pending.since_s for pending in program.pending.values())
             only = roomier if program.program_id in no_room_for and len(roomier) <= MAX_ROOMIER else None
             if only is None or only:
-                kept.update(self._placer.keep(view, owed, kept))
-                owed.clear()
+                self._keep(view, owed, kept)
                 name = self._placer.choose(view, program, kept, only)
                 if name is not None:
                     self._mean_wait_s += (now - since_s - self._mean_wait_s) / 20
@@ -138,7 +148,19 @@ class AdaptivePolicy(PolicyBase):
                 self._blocked = program
             if now - since_s >= self._config.patience_s:
                 owed.append(program)
+        self._placer.smallest_tokens = smallest_tokens
         return None
+
+    def _keep(self, view: View, owed: list[ProgramView], kept: set[str]) -> None:
+        """Keep a backend for each of those it is owed to; one kept before and not now is given back."""
+        for program in owed:
+            before, name = self._kept_for.pop(program.program_id, None), self._placer.keep(view, program, kept)
+            if name is not None:
+                kept.add(name)
+                self._kept_for[program.program_id] = name
+            if before is not None and before != name:
+                self._given_back.add(before)
+        owed.clear()
 
     def _give_up_places(self, view: View) -> list[str]:
         """Programs of backends that update their weights, some with each event."""
@@ -169,7 +191,9 @@ class AdaptivePolicy(PolicyBase):
         if tick:
             every = list(view.backends)
             start = self._slice_start if self._slice_start < len(every) else 0
-            names.update(dict.fromkeys(every[start : start + TICK_SLICE]))
+            for name in every[start : start + TICK_SLICE]:
+                names[name] = None
+                self._ledger.backends[name].refusal = None
             self._slice_start = start + TICK_SLICE
         return names
 
