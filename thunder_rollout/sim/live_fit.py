@@ -3,7 +3,8 @@
 `calibrate` drives engines alone; in a live run Ray, the driver and the scheduler take from the cores
 that the engines compute on. Two factors stand for that, one on prefill and one on everything else:
 those that bring the simulated steps/min of the `sticky` rows closest to the live medians (least
-squares of the log-ratio). No other policy's rows are looked at, so that they remain a test.
+absolute log-ratio: near saturation a live cell may be far off, and must not bend the others). No
+other policy's rows are looked at, so that they remain a test.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ FITTED_POLICY = "sticky"
 _Vector = npt.NDArray[np.float64]
 _PREFILL_TERMS = ("prefill_token_s", "prefill_context_s")
 _OTHER_TERMS = ("step_s", "decode_turn_s", "context_token_s", "turn_overhead_s")
-_ROUNDS = 5
+_ROUNDS = 8
 _DIFFERENCE = 0.1  # of the log-factors, for the slopes
 _LONGEST_STEP = 0.7
+_LEAST_MISS = 0.03  # a smaller one counts no less
 _RIDGE = 0.02  # towards the step of no change, where the rows say little about a factor
 _KEYS = {"workload", "policy", "load", "num_programs", "steps_per_min", "warmup_s", "measure_s"}
 
@@ -108,7 +110,7 @@ def simulated(cell: LiveCell, config: SimulateConfig) -> float:
 
 
 def scale_to_bench(cells: Sequence[LiveCell], config: SimulateConfig) -> EngineProfile:
-    """`config.sim_engine` scaled by the two factors, by Gauss-Newton on their logarithms."""
+    """`config.sim_engine` scaled by the two factors, by reweighted Gauss-Newton on their logarithms."""
     fitted = [cell for cell in cells if cell.policy == FITTED_POLICY]
     if len(fitted) < 2:
         raise ConfigError(f"bench: {len(fitted)} loads with rows of {FITTED_POLICY!r}; two are needed for two factors")
@@ -119,21 +121,21 @@ def scale_to_bench(cells: Sequence[LiveCell], config: SimulateConfig) -> EngineP
         return np.array([math.log(simulated(cell, scaled) / cell.median) for cell in fitted])
 
     at = np.zeros(2)
-    best, best_misses = at, misses(at)
-    now = best_misses
+    now = misses(at)
+    best, error = at, float(np.abs(now).mean())
     for _ in range(_ROUNDS):
         slopes = np.column_stack([(misses(at + _DIFFERENCE * axis) - now) / _DIFFERENCE for axis in np.eye(2)])
-        step = np.linalg.solve(slopes.T @ slopes + _RIDGE * np.eye(2), -slopes.T @ now)
+        weighted = (slopes / np.maximum(np.abs(now), _LEAST_MISS)[:, None]).T
+        step = np.linalg.solve(weighted @ slopes + _RIDGE * np.eye(2), -weighted @ now)
         at = at + np.clip(step, -_LONGEST_STEP, _LONGEST_STEP)
         now = misses(at)
-        if now @ now < best_misses @ best_misses:
-            best, best_misses = at, now
+        if np.abs(now).mean() < error:
+            best, error = at, float(np.abs(now).mean())
     others, prefill = np.exp(best)
-    error = math.sqrt(best_misses @ best_misses / len(fitted))
     profile = scale(config.sim_engine, others, prefill)
     source = (
         f"{profile.source}; scaled to {len(fitted)} live {FITTED_POLICY} cells: "
-        f"prefill x {prefill:.2f}, the rest x {others:.2f}, RMS error {error:.0%}"
+        f"prefill x {prefill:.2f}, the rest x {others:.2f}, mean error {error:.0%}"
     )
     return replace(profile, source=source)
 
