@@ -53,7 +53,7 @@ class AdaptiveConfig:
     prior_prefill_token_s: float = 1e-4  # seconds of prefill a token before any turn was seen
     forgetting: float = 0.995  # weight of older turns in the model of prefill, a turn
     min_turns: int = 20  # a backend's own model of prefill counts from so many turns on, the fleet's before
-    load_weight: float = 1.0  # of the seconds a backend's load costs against seconds of prefill, in placing
+    load_weight: float = 4.0  # in placing, of a turn's seconds of load: a place is for many turns, its prefill for one
     group_weight_s: float = 60.0  # a group that is nearly complete goes ahead of those so many seconds older
     patience_s: float = 5.0  # after this in the queue a program that fits nowhere has a backend kept for it
     lookahead: int = 16  # waiting programs looked at, in order, when room comes free
