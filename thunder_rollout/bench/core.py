@@ -48,13 +48,14 @@ from thunder_rollout.core.events import (
     WeightsUpdating,
 )
 from thunder_rollout.core.scheduler import Scheduler
+from thunder_rollout.observe.console import table_console
 
 _MEAN_TURN_S = 12.0
 _MEAN_TOOL_S = 4.0
 MEAN_GROWTH_TOKENS = 600
 _NUM_TURNS = 40
 _MICROSECONDS = 1e6
-_TABLE_WIDTH = 110  # in a file or a pipe rich would squeeze it into 80
+_TABLE_WIDTH = 110
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,8 +263,7 @@ def run_bench_core(config: BenchCoreConfig) -> list[EventCost]:
 
 
 def print_core_table(rows: list[EventCost], console: Console | None = None) -> None:
-    console = console or Console()
-    console.width = max(console.width, _TABLE_WIDTH)
+    console = table_console(console, _TABLE_WIDTH)
     table = Table(title="thunder-rollout bench-core: CPU time of Scheduler.handle")
     for name in ("programs", "backends", "event", "count", "p50 us", "p99 us", "max us", "RSS MB"):
         table.add_column(name, justify="left" if name == "event" else "right")

@@ -28,12 +28,13 @@ from thunder_rollout.engine.protocol import EngineInfo
 from thunder_rollout.engine.random_model import write_preset
 from thunder_rollout.engine.remote import RemoteEngine
 from thunder_rollout.errors import ConfigError
+from thunder_rollout.observe.console import table_console
 from thunder_rollout.runtime.actor import RemoteScheduler, create_scheduler_actor
 from thunder_rollout.runtime.cluster import start_ray
 
 logger = logging.getLogger(__name__)
 
-_TABLE_WIDTH = 150  # in a file or a pipe rich would squeeze it into 80
+_TABLE_WIDTH = 150
 
 
 async def run_bench(config: BenchConfig) -> list[CellResult]:
@@ -157,8 +158,7 @@ def _cells(config: BenchConfig) -> Iterator[tuple[str, float, int]]:
 
 def print_table(results: list[CellResult], console: Console | None = None) -> None:
     """The table, one line a cell."""
-    console = console or Console()
-    console.width = max(console.width, _TABLE_WIDTH)
+    console = table_console(console, _TABLE_WIDTH)
     table = Table(title="thunder-rollout bench")
     columns = ("workload", "load", "programs", "policy", "steps/min", "KV hits", "latency p50 s", "p95 s", "imbalance")
     terms = ("decode", "prefill", "recompute", "unused", "caching")

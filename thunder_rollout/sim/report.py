@@ -14,13 +14,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from thunder_rollout.observe.console import table_console
 from thunder_rollout.sim.cells import Row, Score, scores
 from thunder_rollout.sim.config import SimulateConfig
 from thunder_rollout.sim.sweep import run_sweep
 
 logger = logging.getLogger(__name__)
 
-_TABLE_WIDTH = 210  # in a file or a pipe rich would squeeze it into 80
+_TABLE_WIDTH = 210
 COST_TERMS = ("decode", "prefill", "recompute", "unused", "caching")
 _RESULT_COLUMNS = (
     "num_turns",
@@ -47,7 +48,7 @@ def simulate(config: SimulateConfig, folder: Path, console: Console | None = Non
     folder.mkdir(parents=True, exist_ok=True)
     result = scores(run_sweep(config))
     write_csv(result, folder / "sim.csv")
-    print_table(result, console or Console())
+    print_table(result, console)
     if config.plots:
         _plot([score.row for score in result], folder)
     return result
@@ -73,9 +74,9 @@ def write_csv(rows: Iterable[Score], path: Path) -> None:
             )
 
 
-def print_table(rows: Sequence[Score], console: Console) -> None:
+def print_table(rows: Sequence[Score], console: Console | None = None) -> None:
     """One line for each workload, load and policy: means over seeds (with the spread of steps/min)."""
-    console.width = max(console.width, _TABLE_WIDTH)
+    console = table_console(console, _TABLE_WIDTH)
     table = Table(title="thunder-rollout simulate")
     headers = ("workload", "load", "programs", "policy", "steps/min", "of bound", "of seer", "KV hits", "of inf.")
     waits = ("latency p50 s", "p95 s", "wait p99 s", "imbalance")
