@@ -18,7 +18,7 @@ rollout: setup  ## train the tiny policy (once), then roll out toy SWE tasks: AR
 bench: setup  ## compare the scheduling policies on two real CPU engines (25 min)
 	$(VENV)/bin/thunder-rollout bench $(ARGS)
 
-bench-core: setup  ## CPU time of the scheduler's decisions: 10,000 programs on 512 backends (2 min)
+bench-core: setup  ## CPU time of the scheduler's decisions: 10,000 programs on 512 backends (1 min)
 	$(VENV)/bin/thunder-rollout bench-core $(ARGS)
 
 test: setup  ## everything this machine can test: unit, docker, ray, vllm, verl

@@ -233,7 +233,7 @@ def measure(config: BenchCoreConfig, num_programs: int, num_backends: int) -> li
         fleet.run(config.num_events // (2 * config.num_restarts))
         fleet.restart(names[index * 7 % len(names)])
     fleet.run(config.num_events // 4)
-    fleet.update_weights(config.num_events // 20)
+    fleet.update_weights(min(config.num_events // 20, num_programs))  # with more, only ticks would be left
     fleet.run(config.num_events // 5)
     rss_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return [

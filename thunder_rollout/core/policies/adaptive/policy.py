@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
 from itertools import islice
 
 from thunder_rollout.core.config import AdaptiveConfig
@@ -34,6 +35,17 @@ MAX_PLACEMENTS = 64  # programs placed by one event; the rest follow with the ne
 MAX_ROOMIER = 8  # backends with more room that are tried one by one; beyond, candidates anew
 MAX_GIVEN_UP = 512  # programs whose place is given up for an update by one event; so do the others
 _SHORTEST_ABSENCE_S = 1e-3
+
+
+@dataclass(slots=True)
+class _Look:
+    """One event's look at the queue, from its head."""
+
+    roomier: set[str]  # backends that may have more room since the last look
+    passed: set[str] = field(default_factory=set)  # programs that found no place
+    owed: list[ProgramView] = field(default_factory=list)  # those of them that a backend is to be kept for
+    kept: set[str] = field(default_factory=set)  # backends kept already
+    smallest_tokens: float = math.inf  # context of the smallest that was passed
 
 
 class AdaptivePolicy(PolicyBase):
@@ -96,11 +108,13 @@ class AdaptivePolicy(PolicyBase):
             return
         self._ledger.queue_changed = False
         self._blocked = None
-        num_placed = 0
-        while num_placed < MAX_PLACEMENTS and (chosen := self._first_placed(view, now, roomier)) is not None:
-            num_placed += 1
+        look = _Look(roomier)
+        for _ in range(MAX_PLACEMENTS):
+            chosen = self._next_placed(view, now, look)
+            if chosen is None:
+                return
             yield chosen
-            roomier |= self._refresh(view)
+            look.roomier |= self._refresh(view)
 
     def releases(self, view: View, now: float, *, tick: bool) -> Iterator[str]:
         yield from self._give_up_places(view)
@@ -121,46 +135,45 @@ class AdaptivePolicy(PolicyBase):
 
     # Inside
 
-    def _first_placed(self, view: View, now: float, roomier: set[str]) -> Placement | None:
-        """The first of the `lookahead` waiting programs that has a place. One that found none before is
-        tried again only where there is more room since."""
+    def _next_placed(self, view: View, now: float, look: _Look) -> Placement | None:
+        """The next of the `lookahead` waiting programs that has a place. One that found none in an earlier
+        event is tried again only where there may be room since."""
         if not view.num_waiting_pending:
             return None
-        owed: list[ProgramView] = []  # a backend, for they wait too long
-        kept: set[str] = set()
-        smallest_tokens: float = math.inf
-        no_room_for = self._ledger.no_room_for  # tried again only where there may be room since
-        self._blocked = None
+        no_room_for = self._ledger.no_room_for
         for program in islice(view.waiting(now), self._config.lookahead):
             if not program.pending:
                 break
-            smallest_tokens = min(smallest_tokens, program.context_tokens)
+            if program.program_id in look.passed:
+                continue
             since_s = min(pending.since_s for pending in program.pending.values())
-            only = roomier if program.program_id in no_room_for and len(roomier) <= MAX_ROOMIER else None
-            if only is None or only:
-                self._keep(view, owed, kept)
-                name = self._placer.choose(view, program, kept, only)
+            again = program.program_id in no_room_for and len(look.roomier) <= MAX_ROOMIER
+            if not again or look.roomier:
+                self._keep(view, look)
+                name = self._placer.choose(view, program, look.kept, look.roomier if again else None)
                 if name is not None:
                     self._mean_wait_s += (now - since_s - self._mean_wait_s) / 20
                     return Placement(program.program_id, name)
                 no_room_for[program.program_id] = None
+            look.passed.add(program.program_id)
+            look.smallest_tokens = min(look.smallest_tokens, program.context_tokens)
             if self._blocked is None:
                 self._blocked = program
             if now - since_s >= self._config.patience_s:
-                owed.append(program)
-        self._placer.smallest_tokens = smallest_tokens
+                look.owed.append(program)
+        self._placer.smallest_tokens = look.smallest_tokens
         return None
 
-    def _keep(self, view: View, owed: list[ProgramView], kept: set[str]) -> None:
+    def _keep(self, view: View, look: _Look) -> None:
         """Keep a backend for each of those it is owed to; one kept before and not now is given back."""
-        for program in owed:
-            before, name = self._kept_for.pop(program.program_id, None), self._placer.keep(view, program, kept)
+        for program in look.owed:
+            before, name = self._kept_for.pop(program.program_id, None), self._placer.keep(view, program, look.kept)
             if name is not None:
-                kept.add(name)
+                look.kept.add(name)
                 self._kept_for[program.program_id] = name
             if before is not None and before != name:
                 self._given_back.add(before)
-        owed.clear()
+        look.owed.clear()
 
     def _give_up_places(self, view: View) -> list[str]:
         """Programs of backends that update their weights, some with each event."""
