@@ -22,7 +22,6 @@ from thunder_rollout.bench.cell import Cell, CellResult
 from thunder_rollout.bench.config import BenchConfig
 from thunder_rollout.bench.workload import longest_context_tokens, mean_context_tokens
 from thunder_rollout.core.config import SchedulerConfig
-from thunder_rollout.core.events import BackendUp
 from thunder_rollout.engine.actor import check_resources, create_engine_actor
 from thunder_rollout.engine.protocol import EngineInfo
 from thunder_rollout.engine.random_model import write_preset
@@ -30,7 +29,9 @@ from thunder_rollout.engine.remote import RemoteEngine
 from thunder_rollout.errors import ConfigError
 from thunder_rollout.observe.console import table_console
 from thunder_rollout.runtime.actor import RemoteScheduler, create_scheduler_actor
+from thunder_rollout.runtime.aio import task_group
 from thunder_rollout.runtime.cluster import start_ray
+from thunder_rollout.runtime.supervisor import EngineSupervisor
 
 logger = logging.getLogger(__name__)
 
@@ -98,12 +99,12 @@ class _Bench:
         handle = create_scheduler_actor(scheduler_config, trace_path=None, hosts=[])
         scheduler = RemoteScheduler(handle)
         await scheduler.start()
-        for name, info in self._infos.items():
-            await scheduler.post(
-                BackendUp(
-                    backend=name, generation=0, capacity_tokens=info.capacity_tokens, max_running=info.max_running
-                )
-            )
+        supervisors = [
+            EngineSupervisor(name, self.engines[name], scheduler, info, report_s=config.engine.report_s)
+            for name, info in self._infos.items()
+        ]
+        for supervisor in supervisors:
+            await supervisor.announce()
         cell = Cell(
             workload=config.workload,
             policy=policy,
@@ -117,9 +118,13 @@ class _Bench:
         )
         block_size = next(iter(self._infos.values())).block_size if scheduler_config.uses_block_hashes else None
         try:
-            result = await cell.run(
-                scheduler, self.engines, capacity_tokens=self._capacity_tokens, block_size=block_size
-            )
+            async with task_group() as group:
+                watching = [group.create_task(supervisor.run()) for supervisor in supervisors]
+                result = await cell.run(
+                    scheduler, self.engines, capacity_tokens=self._capacity_tokens, block_size=block_size
+                )
+                for watcher in watching:
+                    watcher.cancel()
         finally:
             await scheduler.stop()
             ray.kill(handle)

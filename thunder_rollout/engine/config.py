@@ -53,6 +53,7 @@ class EngineConfig:
     num_gpus: float | None = None  # null: one for each tensor and pipeline parallel rank, 0 on the CPU
     omp_threads: int = 1
     startup_timeout_s: float = 600.0
+    report_s: float = 1.0  # the scheduler hears of an engine this often
     log_level: str = "WARNING"
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -73,7 +74,8 @@ class EngineConfig:
         _require(length is None or length >= 2, "max_model_len", length, "at least 2 (a prompt and an output), or null")
         usage = self.gpu_memory_utilization
         _require(0 < usage <= 1, "gpu_memory_utilization", usage, "in (0, 1]")
-        _require(self.startup_timeout_s > 0, "startup_timeout_s", self.startup_timeout_s, "> 0")
+        for name in ("startup_timeout_s", "report_s"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
         _require(self.num_cpus >= 0, "num_cpus", self.num_cpus, ">= 0")
         self._check_kv_cache()
         self._check_gpus()

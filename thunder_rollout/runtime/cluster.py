@@ -18,7 +18,6 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from thunder_rollout.config import RolloutConfig
-from thunder_rollout.core.events import BackendUp
 from thunder_rollout.engine.actor import check_resources, create_engine_actor
 from thunder_rollout.engine.config import EngineConfig
 from thunder_rollout.engine.protocol import EngineInfo, Sampling
@@ -28,6 +27,7 @@ from thunder_rollout.runtime.actor import RemoteScheduler, create_scheduler_acto
 from thunder_rollout.runtime.aio import task_group
 from thunder_rollout.runtime.config import RayConfig
 from thunder_rollout.runtime.store import RunStore, SampleKey
+from thunder_rollout.runtime.supervisor import EngineSupervisor
 from thunder_rollout.runtime.worker import SampleOutcome, WorkerConfig, grader_names, program_name
 from thunder_rollout.runtime.worker_actor import RemoteWorker, WorkerDied, create_worker
 from thunder_rollout.sandbox.actor import create_sandbox_hosts
@@ -52,6 +52,7 @@ class Cluster:
         self._groups: list[PlacementGroup] = []
         self._workers: dict[str, RemoteWorker] = {}
         self._num_workers_made = 0
+        self._supervisors: list[EngineSupervisor] = []
 
     async def __aenter__(self) -> Cluster:
         config = self.config
@@ -69,14 +70,11 @@ class Cluster:
             starting = [group.create_task(self._start_engine(i)) for i in range(config.rollout.num_engines)]
             group.create_task(self.scheduler.start())
             group.create_task(self._start_sandboxes())
-        infos = [task.result() for task in starting]
-        smallest = min(infos, key=lambda info: info.capacity_tokens)
+        self._supervisors = [task.result() for task in starting]
+        smallest = min((supervisor.info for supervisor in self._supervisors), key=lambda info: info.capacity_tokens)
         self._check_capacity(smallest)
-        for name, info in zip(self._engines, infos, strict=True):
-            up = BackendUp(
-                backend=name, generation=0, capacity_tokens=info.capacity_tokens, max_running=info.max_running
-            )
-            await self.scheduler.post(up)
+        for supervisor in self._supervisors:
+            await supervisor.announce()
         self._worker_config = self._make_worker_config(smallest)
         for _ in range(config.rollout.num_workers):
             self._add_worker()
@@ -116,6 +114,12 @@ class Cluster:
                 await self._hosts.release(grader)
             raise
 
+    async def supervise(self) -> None:
+        """Watch the engines until cancelled."""
+        async with task_group() as group:
+            for supervisor in self._supervisors:
+                group.create_task(supervisor.run(), name=f"supervise {supervisor.name}")
+
     async def num_sandboxes(self) -> int:
         return await self._hosts.num_running()
 
@@ -129,7 +133,7 @@ class Cluster:
                 "is used; start Docker and set sandbox=docker"
             )
 
-    async def _start_engine(self, index: int) -> EngineInfo:
+    async def _start_engine(self, index: int) -> EngineSupervisor:
         """Each engine samples from a seed of its own: the samples of a group must differ."""
         name = f"engine{index}"
         engine = replace(self.config.engine, seed=self.config.engine.seed + index)
@@ -139,7 +143,8 @@ class Cluster:
         handle = create_engine_actor(engine, name=f"{self.store.folder.name}/{name}", placement_group=group)
         self._engine_handles[name] = handle
         self._engines[name] = RemoteEngine(handle)
-        return await self._engines[name].start()
+        info = await self._engines[name].start()
+        return EngineSupervisor(name, self._engines[name], self.scheduler, info, report_s=engine.report_s)
 
     def _check_capacity(self, info: EngineInfo) -> None:
         longest = min(self.config.agent.max_context_tokens, info.max_model_len)

@@ -112,7 +112,10 @@ async def _run_samples(
     began = time.monotonic()
     try:
         async with task_group() as group:
-            watcher = group.create_task(_watch(config, cluster, session, wandb), name="watch")
+            watchers = [
+                group.create_task(_watch(config, cluster, session, wandb), name="watch"),
+                group.create_task(cluster.supervise(), name="supervise"),
+            ]
             samples = []
             for task, key in work:
                 await slots.acquire()
@@ -120,7 +123,8 @@ async def _run_samples(
                 sample.add_done_callback(lambda _: slots.release())
                 samples.append(sample)
             await asyncio.wait(samples)
-            watcher.cancel()
+            for watcher in watchers:
+                watcher.cancel()
     finally:
         session.rollout_s = time.monotonic() - began
 

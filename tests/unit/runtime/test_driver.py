@@ -1,5 +1,6 @@
 """The driver's sample loop on a cluster that is scripted: retries, failures and giving up."""
 
+import asyncio
 import json
 from dataclasses import dataclass, field, replace
 
@@ -53,6 +54,9 @@ class ScriptedCluster:
 
     async def num_sandboxes(self) -> int:
         return 0
+
+    async def supervise(self) -> None:
+        await asyncio.Event().wait()
 
 
 @pytest.fixture(scope="module")
