@@ -126,7 +126,7 @@ class Cluster:
     async def _start_sandboxes(self) -> None:
         self.sandbox_backend = await self._hosts.start(sorted({task.image for task in self._tasks}))
         logger.info("sandboxes: %s", self.sandbox_backend)
-        bare = [task.instance_id for task in self._tasks if not task.files and not task.setup]
+        bare = [task.instance_id for task in self._tasks if not task.self_contained]
         if bare and self.sandbox_backend == "local":
             raise ConfigError(
                 f"sandbox.backend: {len(bare)} tasks ({bare[0]}, ...) need their Docker image, and no Docker engine "

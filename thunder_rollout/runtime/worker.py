@@ -123,7 +123,7 @@ class RolloutWorker:
         return _outcome(sample, verdict)
 
     async def _episode(self, program: str, task: Task) -> tuple[Trajectory, bytes, float]:
-        spec = self._spec(program, task)
+        spec = self._spec(program, task, for_agent=True)
         sandbox = LazySandbox(self._sandboxes.sandbox(program, spec))
         loop = AgentLoop(
             chat=self._chat,
@@ -143,7 +143,8 @@ class RolloutWorker:
         )
         async with client:
             trajectory = await loop.run(task.problem_statement, client, sandbox)
-            patch = await sandbox.diff(task.base_commit) if sandbox.started else b""
+            # From what the agent was given: an image's own commit may lie on top of base_commit.
+            patch = await sandbox.diff("HEAD") if sandbox.started else b""
         return trajectory, patch, sandbox.wait_s
 
     async def _grade(self, program: str, task: Task, patch: bytes) -> Grade:
@@ -162,9 +163,9 @@ class RolloutWorker:
             config=self._config.grading,
         )
 
-    def _spec(self, program: str, task: Task) -> SandboxSpec:
+    def _spec(self, program: str, task: Task, *, for_agent: bool = False) -> SandboxSpec:
         labels = {"run": self._config.run, "program": program, "task": task.instance_id}
-        return sandbox_spec(task, limits=self._config.limits, labels=labels)
+        return sandbox_spec(task, for_agent=for_agent, limits=self._config.limits, labels=labels)
 
 
 class LazySandbox:

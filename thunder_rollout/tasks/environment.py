@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import PurePosixPath
 
 from thunder_rollout.sandbox.protocol import Sandbox, SandboxLimits, SandboxSpec
 from thunder_rollout.tasks.task import Task
 
 
 def sandbox_spec(
-    task: Task, *, limits: SandboxLimits | None = None, labels: dict[str, str] | None = None
+    task: Task,
+    *,
+    for_agent: bool = False,
+    limits: SandboxLimits | None = None,
+    labels: dict[str, str] | None = None,
 ) -> SandboxSpec:
+    """The grader's sandbox or, `for_agent`, the same without the task's `hidden_paths`."""
+    hide = _removal(task) if for_agent and task.hidden_paths else ""
     return SandboxSpec(
         image=task.image,
         workdir=task.workdir,
         files=task.files,
-        setup=task.setup,
+        setup="\n".join(part for part in ("set -e" if hide else "", task.setup, hide) if part),
+        env=task.env,
         limits=limits or SandboxLimits(),
         labels=labels or {},
     )
@@ -30,3 +39,8 @@ async def started(sandbox: Sandbox) -> AsyncIterator[Sandbox]:
         yield sandbox
     finally:
         await sandbox.stop()
+
+
+def _removal(task: Task) -> str:
+    paths = (str(PurePosixPath(task.workdir, path)) for path in task.hidden_paths)
+    return f"rm -rf -- {shlex.join(paths)}"

@@ -19,9 +19,10 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
-from thunder_rollout.errors import ConfigError, GradingFailed, SandboxFailed, TaskError
+from thunder_rollout.errors import ConfigError, GradingFailed, SandboxFailed
 from thunder_rollout.sandbox.protocol import ExecResult, Sandbox
-from thunder_rollout.tasks.report import BadReport, passed_by_test
+from thunder_rollout.tasks.report import BadReport
+from thunder_rollout.tasks.suites import SUITES, Suite, check_gradable, patched_paths
 from thunder_rollout.tasks.task import Task
 
 MakeSandbox = Callable[[], AbstractAsyncContextManager[Sandbox]]
@@ -73,7 +74,7 @@ async def grade(task: Task, patch: bytes, make_sandbox: MakeSandbox, *, config: 
     `environment`); an empty patch needs none. Raises `GradingFailed`, and `TaskError` for a task
     that nobody could grade.
     """
-    _check_gradable(task)
+    check_gradable(task)
     if not patch.strip():
         return _failed("empty patch")
     config = config or GradingConfig()
@@ -96,6 +97,10 @@ class _Grading:
     config: GradingConfig
     scratch: str = field(default_factory=lambda: f"/tmp/grading-{secrets.token_hex(8)}")
 
+    @property
+    def suite(self) -> Suite:
+        return SUITES[self.task.suite]
+
     async def judge(self, patch: bytes) -> Grade:
         await self.prepare()
         if trouble := await self._apply_agent_patch(patch):
@@ -106,9 +111,9 @@ class _Grading:
         if result.timed_out:
             return _failed(_TIMED_OUT, log=result.output)
         try:
-            verdicts = passed_by_test(await self._report())
+            verdicts = self.suite.verdicts(self.task, await self._report())
         except (BadReport, FileNotFoundError) as error:
-            await self._must(f"cd / && {self.task.test_command} --version", "run the tests' command at all")
+            await self._must(self.suite.probe(self.task), "run the tests' command at all")
             return _failed(f"the tests left no report: {error}", log=result.output)
         return self._verdict(verdicts, result.output)
 
@@ -117,7 +122,8 @@ class _Grading:
 
     async def _apply_agent_patch(self, patch: bytes) -> str:
         """What git says against the patch, "" if it applied."""
-        excluded = [*_JUDGE_PATTERNS, *(_git_literal(path) for path in self._hidden_paths())]
+        hidden = [_git_literal(path) for path in self._hidden_paths()]
+        excluded = [*_JUDGE_PATTERNS, *hidden, *(f"{path}/*" for path in hidden)]
         exclude = " ".join(f"--exclude={shlex.quote(pattern)}" for pattern in excluded)
         file = f"{self.scratch}/agent.patch"
         await self.sandbox.write_file(file, patch)
@@ -141,20 +147,21 @@ class _Grading:
         return ""
 
     async def run_tests(self) -> ExecResult:
-        files = dict.fromkeys(test.partition("::")[0] for test in self._wanted())
-        arguments = " ".join(shlex.quote(file) for file in files)
-        command = f"{self.task.test_command} -o junit_family=xunit1 --junitxml={self.scratch}/report.xml {arguments}"
+        command = self.suite.command(self.task, self._wanted(), self._report_path())
         return await self.sandbox.exec(command, timeout_s=self.config.test_timeout_s)
 
     async def _report(self) -> bytes:
         """Raises `FileNotFoundError` or `BadReport`."""
-        path = f"{self.scratch}/report.xml"
+        path = self._report_path()
         size = await self._step(f"stat -c %s {path}", "look for the report")
         if size.exit_code:
             raise FileNotFoundError("no report was written")
         if not size.output.strip().isdecimal() or int(size.output) > _MAX_REPORT_BYTES:
             raise BadReport(f"the report has more than {_MAX_REPORT_BYTES} bytes")
         return await self.sandbox.read_file(path)
+
+    def _report_path(self) -> str:
+        return f"{self.scratch}/{self.suite.report}"
 
     def _verdict(self, verdicts: dict[str, bool], log: str) -> Grade:
         passed = tuple(test for test in self._wanted() if verdicts.get(test))
@@ -171,9 +178,11 @@ class _Grading:
         return tuple(dict.fromkeys(self.task.fail_to_pass + self.task.pass_to_pass))
 
     def _hidden_paths(self) -> list[str]:
-        if self.task.test_files:
-            return list(self.task.test_files)
-        return _patched_paths(self.task.test_patch)
+        """Relative to the workdir: what of the patch is not the agent's business."""
+        task = self.task
+        hidden = [path.removeprefix(f"{task.workdir}/") for path in task.hidden_paths]
+        tests = list(task.test_files) or patched_paths(task.test_patch)
+        return [*tests, *hidden]
 
     async def _must(self, command: str, purpose: str) -> None:
         result = await self._step(command, purpose)
@@ -186,15 +195,6 @@ class _Grading:
         if result.timed_out:
             raise GradingFailed(f"task {self.task.instance_id}: it took over {result.took_s:.0f} s to {purpose}")
         return result
-
-
-def _check_gradable(task: Task) -> None:
-    for test in task.fail_to_pass + task.pass_to_pass:
-        if "::" not in test:
-            raise TaskError(
-                f"task {task.instance_id}: {test!r} in FAIL_TO_PASS or PASS_TO_PASS isn't a pytest node id "
-                "(path::test); only pytest suites can be graded"
-            )
 
 
 async def _check_in_time_without_patch(task: Task, make_sandbox: MakeSandbox, config: GradingConfig) -> None:
@@ -212,12 +212,6 @@ async def _check_in_time_without_patch(task: Task, make_sandbox: MakeSandbox, co
 
 def _failed(reason: str, log: str = "") -> Grade:
     return Grade(resolved=False, reward=0.0, log=log, reason=reason)
-
-
-def _patched_paths(patch: str) -> list[str]:
-    """The files a git patch writes or removes."""
-    paths = [line[6:].split("\t")[0] for line in patch.splitlines() if line.startswith(("--- a/", "+++ b/"))]
-    return list(dict.fromkeys(paths))
 
 
 def _git_literal(path: str) -> str:

@@ -1,4 +1,4 @@
-"""Task files: jsonl and parquet with SWE-bench's columns in, the same out."""
+"""Task files: jsonl and parquet in, with SWE-bench's columns or a published data set's; jsonl and parquet out."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from typing import Any
 
 from thunder_rollout.errors import TaskError
 from thunder_rollout.tasks.rows import row_from_task, task_from_row
+from thunder_rollout.tasks.sources import AUTO, adapt_row
+from thunder_rollout.tasks.suites import check_gradable
 from thunder_rollout.tasks.task import Task
 
 _PARQUET_BATCH_ROWS = 256
 
 
-def load_tasks(path: str | Path, *, limit: int | None = None) -> list[Task]:
-    """The file's tasks in its order, the first `limit` of them if given.
+def load_tasks(path: str | Path, *, limit: int | None = None, source: str = AUTO) -> list[Task]:
+    """The file's tasks in its order, the first `limit` of them if given; `source` is one of `sources`.
 
     Raises `TaskError` naming file, row, instance_id, column and remedy.
     """
@@ -25,7 +27,9 @@ def load_tasks(path: str | Path, *, limit: int | None = None) -> list[Task]:
     tasks: list[Task] = []
     row_of: dict[str, str] = {}
     for place, row in islice(read(path), limit):
-        task = task_from_row(row, f"{path} {place}")
+        where = f"{path} {place}"
+        task = task_from_row(adapt_row(row, source, where), where)
+        check_gradable(task)
         if task.instance_id in row_of:
             raise TaskError(
                 f"{path} {place}: instance_id={task.instance_id} is also that of {row_of[task.instance_id]}; "

@@ -2,9 +2,11 @@
 
 SWE-bench's columns keep their names (FAIL_TO_PASS is a list or, as SWE-bench has it, a JSON
 string); what only this project knows has columns of its own: `workdir`, `files` (absolute path
-to base64), `setup`, `test_files` (relative path to text), `test_command`, `kind`. A mapping or
-list may also stand as a JSON string, which is how parquet holds them. Columns nobody knows are
-kept in `Task.extra` and written back beside the others.
+to base64), `setup`, `test_files` (relative path to text), `test_command`, `suite`, `env`,
+`hidden_paths`, `self_contained` (left out: whether there are `files`), `kind`. A mapping or list
+may also stand as a JSON string, which is how parquet holds them. Columns nobody knows are kept in
+`Task.extra` and written back beside the others.
+Rows of published data sets become such rows in `sources`.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from thunder_rollout.tasks.task import Task
 
 IMAGE_COLUMNS = ("image_name", "docker_image", "image")  # the first that is there wins
 _REQUIRED_TEXT = ("instance_id", "repo", "base_commit", "problem_statement")
-_OPTIONAL_TEXT = ("patch", "test_patch", "version", "workdir", "setup", "test_command", "kind")
-_NOT_EMPTY = ("workdir", "test_command", "kind")  # left out or empty, Task's default holds
+_OPTIONAL_TEXT = ("patch", "test_patch", "version", "workdir", "setup", "test_command", "suite", "kind")
+_NOT_EMPTY = ("workdir", "test_command", "suite", "kind")  # left out or empty, Task's default holds
 _KNOWN = {
     *_REQUIRED_TEXT,
     *_OPTIONAL_TEXT,
@@ -29,6 +31,9 @@ _KNOWN = {
     "PASS_TO_PASS",
     "files",
     "test_files",
+    "env",
+    "hidden_paths",
+    "self_contained",
 }
 
 
@@ -43,7 +48,8 @@ def row_from_task(task: Task) -> dict[str, Any]:
     row |= {name: getattr(task, name) for name in (*_REQUIRED_TEXT, *_OPTIONAL_TEXT)}
     row |= {"image_name": task.image, "FAIL_TO_PASS": list(task.fail_to_pass), "PASS_TO_PASS": list(task.pass_to_pass)}
     row["files"] = {path: base64.b64encode(content).decode() for path, content in task.files.items()}
-    row["test_files"] = dict(task.test_files)
+    row |= {"test_files": dict(task.test_files), "env": dict(task.env), "hidden_paths": list(task.hidden_paths)}
+    row["self_contained"] = task.self_contained
     return row
 
 
@@ -68,8 +74,11 @@ class _RowReader:
             image=self._image(),
             fail_to_pass=fail_to_pass,
             pass_to_pass=self._names("PASS_TO_PASS"),
-            files=self._files(),
+            files=(files := self._files()),
+            self_contained=self._flag("self_contained", default=bool(files)),
             test_files=self._mapping("test_files"),
+            env=self._mapping("env"),
+            hidden_paths=self._names("hidden_paths"),
             extra={name: value for name, value in self._row.items() if name not in _KNOWN},
         )
 
@@ -100,7 +109,7 @@ class _RowReader:
         if value is None:
             return ()
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise self._error(name, "can't be read", "it must be a list of test names, or that list as a JSON string")
+            raise self._error(name, "can't be read", "it must be a list of strings, or that list as a JSON string")
         return tuple(value)
 
     def _mapping(self, name: str) -> dict[str, str]:
@@ -116,6 +125,12 @@ class _RowReader:
             return {path: base64.b64decode(text, validate=True) for path, text in self._mapping("files").items()}
         except (binascii.Error, ValueError) as error:
             raise self._error("files", f"isn't base64 ({error})", "encode every content with base64") from None
+
+    def _flag(self, name: str, *, default: bool) -> bool:
+        value = self._row.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise self._error(name, f"is {type(value).__name__}", "it must be true or false")
+        return default if value is None else value
 
     def _decoded(self, name: str) -> Any:
         """The column's value, out of its JSON string if it is one; None if there is nothing."""

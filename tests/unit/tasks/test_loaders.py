@@ -155,3 +155,12 @@ def test_a_field_that_cant_be_read_is_named(tmp_path: Path, column: str, value: 
 def test_a_duplicate_instance_id_names_both_rows(tmp_path: Path) -> None:
     message = refusal(lambda: load_tasks(write_jsonl(tmp_path / "tasks.jsonl", ROW, ROW)))
     assert "line 1" in message and "line 2" in message and "acme__lib-1" in message
+
+
+def test_a_row_with_its_files_runs_anywhere_unless_it_says_otherwise(tmp_path: Path) -> None:
+    assert not load_one(tmp_path, ROW).self_contained
+    carried = ROW | {"files": {"/testbed/a.py": ""}}
+    assert load_one(tmp_path, carried).self_contained
+    assert not load_one(tmp_path, carried | {"self_contained": False}).self_contained
+    with pytest.raises(TaskError, match="self_contained is str; it must be true or false"):
+        load_one(tmp_path, carried | {"self_contained": "no"})

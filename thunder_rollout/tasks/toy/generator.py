@@ -77,6 +77,7 @@ def to_task(problem: ToyProblem, instance_id: str, difficulty: str) -> Task:
         setup=SETUP.format(workdir=WORKDIR),
         test_files=problem.test_files(hidden=True),
         test_command=TEST_COMMAND,
+        self_contained=True,
         kind="toy",
         extra={"difficulty": difficulty},
     )

@@ -1,0 +1,162 @@
+"""Rows of published data sets become tasks that a rollout can run and judge."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from tests.support.published_rows import BUG, F2P, FIX, P2P, PUBLISHED, R2E_GYM, SWE_BENCH, SWE_REBENCH, SWE_SMITH
+from tests.unit.tasks.test_grading import grade_locally, locally, new_file
+from thunder_rollout.errors import TaskError
+from thunder_rollout.sandbox.local import LocalSandbox
+from thunder_rollout.tasks.environment import sandbox_spec, started
+from thunder_rollout.tasks.grading import grade
+from thunder_rollout.tasks.loaders import load_tasks
+from thunder_rollout.tasks.task import Task
+
+IMAGES = {
+    "swe_bench": "swebench/sweb.eval.x86_64.acme_1776_acme-7:latest",
+    "swe_gym": "xingyaoww/sweb.eval.x86_64.acme_s_acme-7:latest",
+    "swe_rebench": "swerebench/sweb.eval.x86_64.acme_1776_acme-7",
+    "swe_smith": "jyangballin/swesmith.x86_64.acme_1776_acme.0a1b2c3d:latest",
+    "r2e_gym": "namanjain12/acme_final:" + "c" * 40,
+}
+
+
+def load_row(folder: Path, row: dict[str, Any], source: str = "auto") -> Task:
+    path = folder / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    (task,) = load_tasks(path, source=source)
+    return task
+
+
+@pytest.mark.parametrize("source", PUBLISHED)
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_every_data_set_is_told_by_its_columns(tmp_path: Path, source: str, suffix: str) -> None:
+    path = tmp_path / f"rows{suffix}"
+    row = PUBLISHED[source]
+    if suffix == ".jsonl":
+        path.write_text(json.dumps(row) + "\n")
+    else:
+        parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+    (told,), (asked,) = load_tasks(path), load_tasks(path, source=source)
+    assert told == asked
+    assert told.image == IMAGES[source]
+    assert told.workdir == "/testbed"
+
+
+@pytest.mark.parametrize("source", ["swe_bench", "swe_gym", "swe_rebench", "swe_smith"])
+def test_test_names_and_unknown_columns_are_kept(tmp_path: Path, source: str) -> None:
+    task = load_row(tmp_path, PUBLISHED[source])
+    assert (task.fail_to_pass, task.pass_to_pass) == (tuple(F2P), tuple(P2P))
+    assert task.patch == FIX
+    assert task.env["PATH"].startswith("/opt/miniconda3/envs/testbed/bin:")
+    known = {"instance_id", "repo", "base_commit", "patch", "test_patch", "problem_statement", "version"}
+    unknown = set(PUBLISHED[source]) - known - {"FAIL_TO_PASS", "PASS_TO_PASS", "image_name", "docker_image"}
+    assert set(task.extra) == unknown
+
+
+def test_an_image_of_the_rows_own_wins(tmp_path: Path) -> None:
+    assert load_row(tmp_path, SWE_BENCH | {"image_name": "mirror/Acme:7"}).image == "mirror/Acme:7"
+
+
+def test_rebench_rows_bring_their_test_command(tmp_path: Path) -> None:
+    assert load_row(tmp_path, SWE_REBENCH).test_command == SWE_REBENCH["install_config"]["test_cmd"]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (SWE_REBENCH | {"install_config": {"test_cmd": "nosetests"}}, "only pytest suites"),
+        (SWE_BENCH | {"FAIL_TO_PASS": '["test_a (acme.Tests)"]'}, "isn't a pytest node id"),
+        (SWE_BENCH | {"repo": "django/django", "test_patch": ""}, "names no test module"),
+        (SWE_SMITH | {"patch": "GIT binary patch"}, "can't be reversed"),
+        (R2E_GYM | {"expected_output_json": "{}"}, "must map test names"),
+        (R2E_GYM | {"expected_output_json": "{"}, "not JSON"),
+    ],
+)
+def test_what_cant_be_graded_is_refused_with_its_reason(tmp_path: Path, row: dict[str, Any], words: str) -> None:
+    with pytest.raises(TaskError, match=words):
+        load_row(tmp_path, row)
+
+
+def test_a_source_that_the_row_isnt_of_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match="expected_output_json is missing, which every row of r2e_gym has"):
+        load_row(tmp_path, SWE_BENCH, source="r2e_gym")
+
+
+@pytest.mark.parametrize(("version", "settings"), [("1.9", False), ("4.2", True)])
+def test_django_runs_its_own_runner(tmp_path: Path, version: str, settings: bool) -> None:
+    names = json.dumps(["test_a (core.tests.Tests)", "A docstring instead."])
+    row = SWE_BENCH | {"repo": "django/django", "version": version, "FAIL_TO_PASS": names, "PASS_TO_PASS": "[]"}
+    task = load_row(tmp_path, row)
+    assert task.suite == "django"
+    assert ("--settings=test_sqlite" in task.test_command) == settings
+
+
+def at_home(task: Task, files: dict[str, str], setup: str) -> Task:
+    """The task in a local sandbox in which `files` stand for its image."""
+    contents = {path: text.encode() for path, text in files.items()}
+    return replace(task, files=contents | task.files, setup=f"{setup}\n{task.setup}", env={})
+
+
+COMMIT = "cd /testbed && git init -q && git add -A && git commit -qm upstream && git commit -q --allow-empty -m later"
+CODE = "def double(x):\n    return x {} 2\n"
+TESTS = "from acme.core import double\ndef test_two(): assert double(2) == 4\ndef test_three(): assert double(3) == 6\n"
+
+
+@pytest.mark.usefixtures("local_sandboxes")
+async def test_a_smith_row_has_its_bug_and_not_its_fix(tmp_path: Path) -> None:
+    files = {"/testbed/acme/core.py": CODE.format("*"), "/testbed/tests/test_core.py": TESTS}
+    row_task = load_row(tmp_path, SWE_SMITH)
+    assert not row_task.self_contained
+    task = at_home(row_task, files, COMMIT)
+    task = replace(task, test_command="python -m pytest -q -p no:cacheprovider")
+    async with started(LocalSandbox(sandbox_spec(task, for_agent=True))) as box:
+        look = "cat acme/core.py; ls -A tests /var/tmp; git log --all --oneline | wc -l; git fsck --lost-found"
+        seen = (await box.exec(look, timeout_s=30)).output
+        assert "x + 2" in seen and "test_core" not in seen and "bug.patch" not in seen
+        assert "\n1\n" in seen and "dangling" not in seen
+        await box.exec("sed -i 's/x + 2/2 * x/' acme/core.py", timeout_s=30)
+        patch = await box.diff("HEAD")
+    assert b"2 * x" in patch
+    assert (await grade(task, patch, locally(task))).resolved
+    assert (await grade_locally(task, task.patch)).resolved
+    verdict = await grade_locally(task, new_file("notes.txt", "All is well."))
+    assert (set(verdict.failed), set(verdict.passed)) == (set(F2P), set(P2P))
+
+
+R2E_TESTS = TESTS.replace("def test_two(): assert double(2) == 4", "class TestOld:\n    def test_two(self): pass") + (
+    "def test_broken(): assert False\n"
+)
+
+
+@pytest.mark.usefixtures("local_sandboxes")
+async def test_an_r2e_row_is_judged_by_its_expected_statuses(tmp_path: Path) -> None:
+    files = {
+        "/testbed/acme/core.py": CODE.format("+"),
+        "/testbed/run_tests.sh": "python -m pytest -rA -p no:cacheprovider r2e_tests\n",
+        "/r2e_tests/__init__.py": "",
+        "/r2e_tests/test_1.py": R2E_TESTS,
+    }
+    link = "mkdir -p /testbed/.venv/bin && ln -s $(which python) /testbed/.venv/bin/python"
+    image = "cd /testbed && git init -q && git add acme && git commit -qm upstream"
+    task = at_home(load_row(tmp_path, R2E_GYM), files, f"{image} && {link}")
+    assert task.problem_statement == "**Title:** double(3) is 5"
+    async with started(LocalSandbox(sandbox_spec(task, for_agent=True))) as box:
+        seen = (await box.exec("ls -A / /testbed; git status --short", timeout_s=30)).output
+        assert "r2e_tests" not in seen and "run_tests" not in seen
+        await box.exec("sed -i 's/x + 2/x * 2/' acme/core.py; echo 'exit 0' > run_tests.sh", timeout_s=30)
+        patch = await box.diff("HEAD")
+    verdict = await grade(task, patch, locally(task))
+    assert verdict.resolved, verdict.log
+    assert set(verdict.passed) == {"test_three", "TestOld.test_two", "test_broken"}
+    verdict = await grade_locally(task, new_file("notes.txt", "All is well."))
+    assert verdict.failed == ("test_three",)
+    assert not (await grade_locally(task, BUG)).resolved
