@@ -15,7 +15,8 @@ from tests.support.engine_contract import CONFIG, VOCAB_SIZE, new_prompt, new_re
 from thunder_rollout.engine.fake import FakeEngine
 from thunder_rollout.engine.protocol import Engine, EngineInfo
 from thunder_rollout.engine.random_model import write_preset
-from thunder_rollout.engine.vllm import VllmEngine
+from thunder_rollout.engine.vllm import VllmEngine, _engine_arguments
+from thunder_rollout.engine.vllm_offload import offload_tokens
 from thunder_rollout.errors import ConfigError
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -85,6 +86,27 @@ async def test_another_engine_argument_is_refused_by_name(engine: VllmEngine) ->
         with pytest.raises(ConfigError, match=message):
             await other.start()
         await other.stop()
+
+
+async def test_offload_to_host_memory_is_composed(engine: VllmEngine, started: tuple[VllmEngine, EngineInfo]) -> None:
+    """For a GPU, up to the engine's configuration: vLLM moves KV to the host from GPUs alone."""
+    from dataclasses import fields
+
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    assert started[1].offload_tokens == 0
+    gpu = replace(engine._config, device="gpu", num_gpus=1, kv_offload_gib=0.5)
+    arguments = _engine_arguments(gpu, {field.name for field in fields(AsyncEngineArgs)})
+    vllm_config = AsyncEngineArgs(**arguments).create_engine_config()
+    assert vllm_config.kv_transfer_config.kv_connector == "OffloadingConnector"
+    extra = vllm_config.kv_transfer_config.kv_connector_extra_config
+    assert extra == {"cpu_bytes_to_use": 2**29, "offload_prompt_only": False}
+    model = vllm_config.model_config.hf_config
+    token_bytes = 2 * 2 * model.num_hidden_layers * model.num_key_value_heads * 32
+    assert (model.hidden_size // model.num_attention_heads, vllm_config.model_config.dtype.itemsize) == (32, 2)
+    assert offload_tokens(vllm_config, 0.5) == 2**29 // token_bytes
+    with pytest.raises(ConfigError, match=r"engine\.extra\.kv_offloading_size: .*use engine\.kv_offload_gib"):
+        _engine_arguments(replace(gpu, extra={"kv_offloading_size": 1}), set(arguments))
 
 
 async def test_a_turn_that_never_ran_can_be_aborted(engine: Engine) -> None:

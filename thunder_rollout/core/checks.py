@@ -48,6 +48,7 @@ def check_backend_up(event: BackendUp, generations: Mapping[str, int]) -> None:
         )
     _require_least(event, "capacity_tokens", 1)
     _require_least(event, "max_running", 1)
+    _require_least(event, "offload_tokens", 0)
     if event.block_size is not None:
         _require_least(event, "block_size", 1)
 

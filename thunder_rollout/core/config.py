@@ -51,6 +51,7 @@ class AdaptiveConfig:
     decay_unit_s: float = 1.0  # the unit of t
     prior_returns: float = 1.0  # tool calls that this prior is worth
     prior_prefill_token_s: float = 1e-4  # seconds of prefill a token before any turn was seen
+    prior_load_token_s: float = 3e-6  # seconds to load a token from host memory before any was: 150 kB at 50 GB/s
     forgetting: float = 0.995  # weight of older turns in the model of prefill, a turn
     min_turns: int = 20  # a backend's own model of prefill counts from so many turns on, the fleet's before
     load_weight: float = 4.0  # in placing, of a turn's seconds of load: a place is for many turns, its prefill for one
@@ -70,7 +71,13 @@ class AdaptiveConfig:
         _require(self.decay_base > 1, "adaptive.decay_base", self.decay_base, "> 1")
         _require(0 < self.forgetting <= 1, "adaptive.forgetting", self.forgetting, "in (0, 1]")
         _require(self.lookahead >= 1, "adaptive.lookahead", self.lookahead, ">= 1")
-        for name in ("decay_unit_s", "prior_returns", "prior_prefill_token_s", "max_refill_share"):
+        for name in (
+            "decay_unit_s",
+            "prior_returns",
+            "prior_prefill_token_s",
+            "prior_load_token_s",
+            "max_refill_share",
+        ):
             _require(getattr(self, name) > 0, f"adaptive.{name}", getattr(self, name), "> 0")
         for name in ("prior_growth", "min_turns", "load_weight", "group_weight_s", "patience_s"):
             _require(getattr(self, name) >= 0, f"adaptive.{name}", getattr(self, name), ">= 0")

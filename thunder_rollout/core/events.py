@@ -89,7 +89,8 @@ class BackendUp:
     """A KV pool can be used. A higher `generation` means its cache started empty.
 
     `block_size` is the tokens behind one hash of `TurnRequested.block_hashes`; without it, the power
-    of two that the first hashed prompt's length allows.
+    of two that the first hashed prompt's length allows. `offload_tokens` of KV are kept in host memory
+    as well, written through and least recently used first out; 0: there is no such tier.
     """
 
     backend: str
@@ -97,6 +98,7 @@ class BackendUp:
     capacity_tokens: int
     max_running: int
     block_size: int | None = None
+    offload_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,6 +40,7 @@ class EngineConfig:
     block_size: int = 32
     gpu_memory_utilization: float = 0.9
     cpu_kv_space_gib: int = 1
+    kv_offload_gib: float = 0.0  # host memory of one engine that keeps KV which left its GPUs; 0: none
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     distributed_executor_backend: str = "auto"  # uni: in one process; mp: a process a GPU, on one node
@@ -78,6 +79,7 @@ class EngineConfig:
             _require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
         _require(self.num_cpus >= 0, "num_cpus", self.num_cpus, ">= 0")
         self._check_kv_cache()
+        self._check_offload()
         self._check_gpus()
 
     @property
@@ -123,6 +125,16 @@ class EngineConfig:
                 f"engine.kv_cache_tokens={tokens}: its {blocks} whole blocks of {self.block_size} can't hold one "
                 f"turn of engine.max_model_len={self.max_model_len}; raise the first or lower the second"
             )
+
+    def _check_offload(self) -> None:
+        size = self.kv_offload_gib
+        _require(size >= 0, "kv_offload_gib", size, ">= 0")
+        if not size:
+            return
+        on = f"0, or engine.device=gpu: vLLM copies KV between a GPU and the host (here: {self.kind}, {self.device})"
+        _require(self.kind == "vllm" and self.device == "gpu", "kv_offload_gib", size, on)
+        hits = "0 where engine.enable_prefix_caching=false: what is offloaded is found by its prefix"
+        _require(self.enable_prefix_caching, "kv_offload_gib", size, hits)
 
     def _check_gpus(self) -> None:
         size = self.tensor_parallel_size * self.pipeline_parallel_size

@@ -58,13 +58,15 @@ class Generation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
-    """Read from the running engine, not from the configuration."""
+    """Read from the running engine, not from the configuration. `offload_tokens` of KV fit its tier in
+    host memory, 0: it has none."""
 
     capacity_tokens: int
     block_size: int
     max_running: int
     max_model_len: int
     model: str
+    offload_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

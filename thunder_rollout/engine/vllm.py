@@ -18,12 +18,20 @@ from thunder_rollout.core.events import FinishReason
 from thunder_rollout.engine.config import EngineConfig, check_model_folder
 from thunder_rollout.engine.protocol import EngineInfo, EngineStats, GenerateRequest, Generation, Sampling
 from thunder_rollout.engine.request_check import RequestLimits, check_request
+from thunder_rollout.engine.vllm_offload import offload_arguments, offload_tokens
 from thunder_rollout.errors import ConfigError, EngineDied, EngineFailed, RequestError, ThunderError
 
 logger = logging.getLogger(__name__)
 
 _SEE_LOG = "the cause is in Ray's logs (of this machine's newest cluster: /tmp/ray/session_latest/logs)"
 _STOP_GRACE_S = 1.0  # an engine has nothing to save; its processes are killed after this
+
+# our field for vLLM's argument, where it has another name
+_FIELDS = {
+    "num_gpu_blocks_override": "kv_cache_tokens",
+    "kv_offloading_size": "kv_offload_gib",
+    "kv_transfer_config": "kv_offload_gib",
+}
 
 # vLLM reports a repeated pattern (its own detector) under a reason of its own; it ended the turn.
 _FINISH_REASONS = {"repetition": FinishReason.STOP} | {str(reason): reason for reason in FinishReason}
@@ -63,6 +71,7 @@ class VllmEngine:
             max_running=vllm_config.scheduler_config.max_num_seqs,
             max_model_len=vllm_config.model_config.max_model_len,
             model=self._config.model,
+            offload_tokens=offload_tokens(vllm_config, self._config.kv_offload_gib),
         )
 
     async def generate(self, request: GenerateRequest) -> Generation:
@@ -100,8 +109,9 @@ class VllmEngine:
     async def reset_prefix_cache(self) -> None:
         """vLLM forgets all or nothing: where turns run, they are preempted and computed again."""
         engine = self._alive()
-        if not await engine.reset_prefix_cache():
-            await engine.reset_prefix_cache(reset_running_requests=True)
+        offloads = self._config.kv_offload_gib > 0
+        if not await engine.reset_prefix_cache(reset_connector=offloads):
+            await engine.reset_prefix_cache(reset_running_requests=True, reset_connector=offloads)
 
     async def stop(self) -> None:
         self._stopped = True
@@ -216,11 +226,11 @@ def _engine_arguments(config: EngineConfig, known: set[str]) -> dict[str, Any]:
         "seed": config.seed,
         # vLLM keeps one block for itself
         "num_gpu_blocks_override": None if config.num_kv_blocks is None else config.num_kv_blocks + 1,
+        **offload_arguments(config.kv_offload_gib),
     }
     for name in config.extra:
         if name in own:
-            field = "kv_cache_tokens" if name == "num_gpu_blocks_override" else name
-            raise ConfigError(f"engine.extra.{name}: this project sets it; use engine.{field}")
+            raise ConfigError(f"engine.extra.{name}: this project sets it; use engine.{_FIELDS.get(name, name)}")
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean engine.extra.{close[0]}?" if close else "see vLLM's engine arguments"

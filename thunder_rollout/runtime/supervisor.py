@@ -38,6 +38,7 @@ class EngineSupervisor:
                 capacity_tokens=self.info.capacity_tokens,
                 max_running=self.info.max_running,
                 block_size=self.info.block_size,
+                offload_tokens=self.info.offload_tokens,
             )
         )
 

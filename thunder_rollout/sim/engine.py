@@ -9,6 +9,8 @@ memory runs out.
 What it takes as given (the unit tests hold it against the block-exact model):
 - `max_running` <= `max_batched_tokens`, so that every decoding turn is in every step and at most one
   turn, the youngest, is partly prefilled;
+- what the host tier has of an admitted turn is loaded within the step, `load_token_s` a token (vLLM
+  loads beside its steps: this is the careful side);
 - a program's context only grows, and only one turn of it runs at a time.
 
 Pure: no clock, no I/O, no randomness. Whoever owns it calls `advance` when `ends_at` has come.
@@ -19,11 +21,13 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from thunder_rollout.engine.model import EngineShape, EngineTiming
 from thunder_rollout.sim.cache import Claim, RunCache, SharedRun
+from thunder_rollout.sim.host_tier import HostTier
+from thunder_rollout.sim.jump import Jump
 
 NEVER = math.inf
 
@@ -33,7 +37,8 @@ class SimTurn:
     """One turn in an engine: what is asked, then what came of it.
 
     `key` names the program's own run of blocks; `shared` are the runs before it. Times are the
-    caller's clock. `cached_tokens` are the hits when it was first admitted.
+    caller's clock. `cached_tokens` are the hits when it was first admitted, `loaded_tokens` those of them
+    that came from the host tier.
     """
 
     key: str
@@ -46,6 +51,7 @@ class SimTurn:
     admitted_at: float = NEVER
     first_token_at: float = NEVER
     cached_tokens: int = 0
+    loaded_tokens: int = 0
 
     num_sampled: int = 0
     num_computed: int = 0
@@ -81,49 +87,25 @@ class SimEngine(Protocol):
         """Forget the program's own run, unless a turn of it runs."""
 
 
-@dataclass(slots=True)
-class _Jump:
-    """`num_steps` steps from `began_at`; the i-th (from 0) takes first_s + i x growth_s."""
-
-    began_at: float
-    num_steps: int
-    first_s: float = 0.0
-    growth_s: float = 0.0
-    may_stop: bool = False  # a new turn could join at any of its steps
-    joining: list[SimTurn] = field(default_factory=list)  # their prefill ends with it
-    num_paid: int = 0  # steps for which the decoding turns have their blocks
-
-    def time_of(self, num_steps: int) -> float:
-        return num_steps * self.first_s + self.growth_s * num_steps * (num_steps - 1) / 2
-
-    def stop_by(self, now: float) -> None:
-        """End with the first step that is over at `now` or later."""
-        elapsed = now - self.began_at
-        steep = self.first_s - self.growth_s / 2
-        if self.growth_s > 0:
-            guess = (math.sqrt(steep * steep + 2 * self.growth_s * elapsed) - steep) / self.growth_s
-        else:
-            guess = elapsed / self.first_s
-        steps = max(1, math.ceil(guess) - 1)
-        while steps < self.num_steps and self.began_at + self.time_of(steps) < now:
-            steps += 1
-        self.num_steps = min(self.num_steps, steps)
-
-
 class RunEngine:
     """See the module; it honours `SimEngine`."""
 
-    def __init__(self, shape: EngineShape, timing: EngineTiming) -> None:
+    def __init__(
+        self, shape: EngineShape, timing: EngineTiming, host: HostTier | None = None, *, load_token_s: float = 0.0
+    ) -> None:
         assert shape.max_running <= shape.max_batched_tokens
         self.shape = shape
         self.timing = timing
         self.num_preemptions = 0
         self.ends_at = NEVER
         self._cache = RunCache(shape.num_blocks, enable_caching=shape.enable_caching)
+        self._host = host
+        self._load_token_s = load_token_s
+        self._load_s = 0.0  # of the next step
         self._waiting: deque[SimTurn] = deque()
         self._decoding: dict[int, SimTurn] = {}  # by id(turn), oldest first
         self._prefilling: SimTurn | None = None
-        self._jump: _Jump | None = None
+        self._jump: Jump | None = None
         self._num_steps = 0
         self._sum_base = 0
         self._crossings = [0] * shape.block_size  # decoding turns by the step (mod block size) that starts a block
@@ -147,7 +129,7 @@ class RunEngine:
         turn.added_at = now
         self._waiting.append(turn)
         if self._jump is None:
-            self._jump = _Jump(now, 0)
+            self._jump = Jump(now, 0)
             self.ends_at = now
         elif self._jump.may_stop and len(self._waiting) == 1:
             self._jump.stop_by(now)
@@ -218,7 +200,10 @@ class RunEngine:
 
     def _release(self, turn: SimTurn) -> None:
         assert turn.claim is not None
-        self._cache.release(turn.claim, turn.num_computed // self.shape.block_size)
+        num_full = turn.num_computed // self.shape.block_size
+        self._cache.release(turn.claim, num_full)
+        if self._host is not None:
+            self._host.store(turn.shared, turn.key, num_full)
         turn.claim = None
 
     # The beginning of the next
@@ -226,9 +211,10 @@ class RunEngine:
     def _begin_jump(self, now: float) -> None:
         was_cut = self._make_room()
         num_decoding = len(self._decoding)
-        jump = _Jump(now, 1, num_paid=1)
+        jump = Jump(now, 1, num_paid=1)
         self._grow(self._num_blocks_for(self._num_steps, 1))
         budget = self.shape.max_batched_tokens - num_decoding
+        self._load_s = 0.0
         work: list[tuple[SimTurn, int]] = []
         if self._prefilling is not None:
             turn = self._prefilling
@@ -248,7 +234,8 @@ class RunEngine:
                 jump.joining.append(turn)
         self._prefilling = work[-1][0] if len(jump.joining) < len(work) else None
         self._time(jump, num_decoding, work)
-        if not was_cut:
+        jump.first_s += self._load_s
+        if not was_cut and not self._load_s:
             self._lengthen(jump, num_decoding, work)
         jump.may_stop = not work and jump.num_steps > 1
         self._jump = jump
@@ -285,15 +272,27 @@ class RunEngine:
             self._waiting.popleft()
             turn.claim, hits = self._cache.claim(turn.shared, turn.key, limit)
             turn.num_computed = hits * block_size
+            loaded_tokens = self._load(turn, hits, limit)
             if turn.admitted_at == NEVER:
                 turn.admitted_at = now
                 turn.cached_tokens = turn.num_computed
+                turn.loaded_tokens = loaded_tokens
             num_tokens = min(turn.num_tokens - turn.num_computed, budget)
             extended = self._extend(turn, num_tokens)
             assert extended
             work.append((turn, num_tokens))
             budget -= num_tokens
         return work
+
+    def _load(self, turn: SimTurn, hits: int, limit: int) -> int:
+        """Bring what the host tier has behind the turn's hits; returns how many tokens."""
+        if self._host is None:
+            return 0
+        num_tokens = self._host.match(turn.shared, turn.key, hits, limit) * self.shape.block_size
+        extended = self._extend(turn, num_tokens)
+        assert extended
+        self._load_s += num_tokens * self._load_token_s
+        return num_tokens
 
     def _extend(self, turn: SimTurn, num_tokens: int) -> bool:
         assert turn.claim is not None
@@ -306,7 +305,7 @@ class RunEngine:
             self._cache.publish(turn.claim)
         return True
 
-    def _time(self, jump: _Jump, num_decoding: int, work: list[tuple[SimTurn, int]]) -> None:
+    def _time(self, jump: Jump, num_decoding: int, work: list[tuple[SimTurn, int]]) -> None:
         """The first step's time and how it grows from step to step."""
         timing = self.timing
         contexts = self._sum_base + num_decoding * (self._num_steps + 1) + sum(turn.num_computed for turn, _ in work)
@@ -321,7 +320,7 @@ class RunEngine:
         )
         jump.growth_s = timing.context_token_s * (num_decoding + tokens) + timing.prefill_context_s * tokens * tokens
 
-    def _lengthen(self, jump: _Jump, num_decoding: int, work: list[tuple[SimTurn, int]]) -> None:
+    def _lengthen(self, jump: Jump, num_decoding: int, work: list[tuple[SimTurn, int]]) -> None:
         """Add the steps after the first that are like it."""
         if jump.joining or len(work) > 1:
             return

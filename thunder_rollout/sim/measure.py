@@ -29,13 +29,15 @@ class UsageSeries:
 class SimResult:
     """Latency is from a turn's request to its last token, wait to its first admission by an engine
     (the scheduler's queue and the engine's); `wait_p99_by_decile_s` goes from the shortest tenth of
-    the prompts to the longest. `imbalance` is max - min over backends of the share of KV in use.
+    the prompts to the longest. `kv_load_rate`: the part of
+    `kv_hit_rate` from a host tier. `imbalance` is max - min over backends of the share of KV in use.
     `makespan_s` is set where a fixed set of programs was run to its end."""
 
     num_turns: int
     measured_s: float
     steps_per_min: float
     kv_hit_rate: float
+    kv_load_rate: float
     turn_latency_p50_s: float
     turn_latency_p95_s: float
     wait_p50_s: float
@@ -66,6 +68,7 @@ class Recorder:
         self._waits = array("d")
         self._prompts = array("q")
         self._cached_tokens = 0
+        self._loaded_tokens = 0
         self._imbalances: list[float] = []
         self._times: list[float] = []
         self._shares: list[tuple[float, ...]] = []
@@ -86,6 +89,7 @@ class Recorder:
         self._waits.append(turn.admitted_at - requested_at)
         self._prompts.append(turn.prompt_tokens)
         self._cached_tokens += turn.cached_tokens
+        self._loaded_tokens += turn.loaded_tokens
         self._cost.add_turn(
             TurnCost(
                 prompt_tokens=turn.prompt_tokens,
@@ -120,6 +124,7 @@ class Recorder:
             measured_s=measured_s,
             steps_per_min=60 * len(latencies) / measured_s if measured_s > 0 else 0.0,
             kv_hit_rate=self._cached_tokens / prompt_tokens if prompt_tokens else 0.0,
+            kv_load_rate=self._loaded_tokens / prompt_tokens if prompt_tokens else 0.0,
             turn_latency_p50_s=quantile(latencies, 0.5),
             turn_latency_p95_s=quantile(latencies, 0.95),
             wait_p50_s=quantile(waits, 0.5),

@@ -18,6 +18,8 @@ class EngineProfile:
     A step takes `step_s`, plus each other `_s` term times its count: prefilled tokens, (prefilled
     token, token it attends to) pairs, decoding turns, tokens of context that scheduled turns attend
     to. `turn_overhead_s` passes between a grant and the engine: transport, templating, hashing.
+    `host_tokens` of KV fit a tier in host memory (0: there is none), from which a token takes
+    `load_token_s`.
     """
 
     name: str
@@ -33,12 +35,22 @@ class EngineProfile:
     context_token_s: float
     prefill_context_s: float = 0.0
     turn_overhead_s: float = 0.0
+    host_tokens: int = 0
+    load_token_s: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("capacity_tokens", "block_size", "max_running", "max_batched_tokens", "max_context_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"sim_engine.{name}={getattr(self, name)!r}: must be >= 1")
-        for name in ("prefill_token_s", "decode_turn_s", "context_token_s", "prefill_context_s", "turn_overhead_s"):
+        for name in (
+            "prefill_token_s",
+            "decode_turn_s",
+            "context_token_s",
+            "prefill_context_s",
+            "turn_overhead_s",
+            "host_tokens",
+            "load_token_s",
+        ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"sim_engine.{name}={getattr(self, name)!r}: must be >= 0")
         if self.step_s <= 0:

@@ -28,6 +28,7 @@ _RESULT_COLUMNS = (
     "measured_s",
     "steps_per_min",
     "kv_hit_rate",
+    "kv_load_rate",
     "turn_latency_p50_s",
     "turn_latency_p95_s",
     "wait_p50_s",

@@ -25,6 +25,7 @@ from thunder_rollout.core.scheduler import Scheduler
 from thunder_rollout.errors import ConfigError, ThunderError
 from thunder_rollout.sim.clairvoyant import Foresight
 from thunder_rollout.sim.engine import NEVER, RunEngine, SimEngine, SimTurn
+from thunder_rollout.sim.host_tier import HostTier
 from thunder_rollout.sim.measure import Recorder, SimResult
 from thunder_rollout.sim.profiles import EngineProfile
 from thunder_rollout.sim.program import SimProgram
@@ -86,7 +87,7 @@ class Simulation:
         self._setup = setup
         self._foresight = foresight
         self._scheduler = Scheduler(setup.scheduler, policy)
-        make = make_engine or (lambda profile: RunEngine(profile.shape, profile.timing))
+        make = make_engine or _make_engine
         self._engines = [make(profile) for _ in range(setup.num_backends)]
         self._names = [f"e{number:04d}" for number in range(setup.num_backends)]
         self._number_of = {name: number for number, name in enumerate(self._names)}
@@ -108,7 +109,13 @@ class Simulation:
         capacity = setup.profile.shape.capacity_tokens
         for name in self._names:
             self._handle(
-                BackendUp(backend=name, generation=0, capacity_tokens=capacity, max_running=setup.profile.max_running)
+                BackendUp(
+                    backend=name,
+                    generation=0,
+                    capacity_tokens=capacity,
+                    max_running=setup.profile.max_running,
+                    offload_tokens=setup.profile.host_tokens,
+                )
             )
         for slot in range(setup.num_slots):
             self._push(0.0, _Kind.START, slot)
@@ -337,3 +344,8 @@ class Simulation:
         if kind not in (_Kind.TICK, _Kind.SAMPLE, _Kind.OPEN, _Kind.CLOSE):
             self._num_under_way += 1
         heapq.heappush(self._heap, (time, next(self._sequence), kind, what))
+
+
+def _make_engine(profile: EngineProfile) -> RunEngine:
+    host = HostTier(profile.host_tokens // profile.block_size) if profile.host_tokens else None
+    return RunEngine(profile.shape, profile.timing, host, load_token_s=profile.load_token_s)

@@ -122,10 +122,18 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     # Backends
 
-    @rule(name=BACKENDS, capacity_tokens=st.integers(100, 2000))
-    def up(self, name: str, capacity_tokens: int) -> None:
+    @rule(name=BACKENDS, capacity_tokens=st.integers(100, 2000), offload_tokens=st.sampled_from([0, 0, 300, 5000]))
+    def up(self, name: str, capacity_tokens: int, offload_tokens: int = 0) -> None:
         generation = self.generations[name] = self.generations.get(name, 0) + 1
-        self.send(BackendUp(backend=name, generation=generation, capacity_tokens=capacity_tokens, max_running=4))
+        self.send(
+            BackendUp(
+                backend=name,
+                generation=generation,
+                capacity_tokens=capacity_tokens,
+                max_running=4,
+                offload_tokens=offload_tokens,
+            )
+        )
 
     @rule(data=st.data())
     @precondition(lambda self: self.generations)
@@ -314,6 +322,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             curves = [program.curve for program in accounts if program.curve]
             assert account.curve == pytest.approx([sum(tokens) for tokens in zip(*curves, strict=True)] or [0] * 20)
             assert 0 <= ledger.gain(account) <= 1
+            assert all(0 <= ledger.loss_share(program, account) <= 1 for program in backend.programs.values())
             assert account.refill_tokens == sum(
                 run.uncached_tokens
                 for program in ledger.programs.values()

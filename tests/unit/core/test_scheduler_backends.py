@@ -144,6 +144,10 @@ BAD: list[tuple[Event, str]] = [
     (BackendUp(backend="a", generation=0, capacity_tokens=10, max_running=1), "was up in generation 1"),
     (BackendUp(backend="b", generation=1, capacity_tokens=0, max_running=1), "capacity_tokens=0: must be >= 1"),
     (BackendUp(backend="b", generation=1, capacity_tokens=9, max_running=0), "max_running=0: must be >= 1"),
+    (
+        BackendUp(backend="b", generation=1, capacity_tokens=9, max_running=1, offload_tokens=-1),
+        "offload_tokens=-1: must be >= 0",
+    ),
     (BackendDown(backend="b", generation=1), "backend='b' generation=1 never was up"),
     (BackendDown(backend="a", generation=2), "backend='a' generation=2 never was up"),
     (BackendStats(backend="b", generation=1), "backend='b' generation=1 never was up"),

@@ -86,6 +86,20 @@ def test_thrashing_shows_above_capacity_and_thunder_avoids_it() -> None:
     assert sticky.num_pauses == 0
 
 
+@pytest.mark.parametrize(("load_token_s", "policy"), [(6e-7, "sticky"), (6e-7, "adaptive"), (5e-5, "adaptive")])
+def test_what_was_computed_again_is_loaded_where_there_is_a_tier(load_token_s: float, policy: str) -> None:
+    """A tier that holds every program; loads at 1% of prefill, and at nearly all of it."""
+    without = setup(policy, 3.0)
+    profile = replace(PROFILE, host_tokens=8 * PROFILE.capacity_tokens, load_token_s=load_token_s)
+    alone, both = Simulation(without).run(), Simulation(replace(without, profile=profile)).run()
+    assert alone.kv_load_rate == 0.0
+    assert both.kv_load_rate > 0.0
+    assert both.kv_hit_rate > alone.kv_hit_rate - 0.02
+    assert both.steps_per_min > 0.98 * alone.steps_per_min
+    if policy == "sticky":
+        assert both.steps_per_min > 1.3 * alone.steps_per_min
+
+
 def test_a_fixed_set_of_programs_gives_the_makespan() -> None:
     fixed = replace(setup("sticky", 0.5), window=Window(num_programs=40))
     result = Simulation(fixed).run()

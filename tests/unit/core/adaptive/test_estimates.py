@@ -82,6 +82,25 @@ def test_prefill_seconds_are_found_again() -> None:
     assert model.prefill_s(0, 4000) == 0
 
 
+def test_load_seconds_are_found_again() -> None:
+    rng = random.Random(3)
+    model = PrefillModel(prior_token_s=1e-4, prior_load_token_s=3e-6, forgetting=0.995)
+    assert model.load_s(1000) == pytest.approx(3e-3)
+    for _ in range(500):
+        uncached, loaded = rng.choice([200, 3000]), rng.choice([0, 1000, 20_000])
+        duration_s = 0.05 + 2e-5 * uncached + 5e-6 * loaded
+        model.add(
+            uncached_tokens=uncached,
+            loaded_tokens=loaded,
+            prompt_tokens=uncached + loaded,
+            output_tokens=100,
+            duration_s=duration_s * rng.uniform(0.9, 1.1),
+            service_s=duration_s,
+        )
+    assert model.load_s(1000) == pytest.approx(5e-3, rel=0.2)
+    assert model.prefill_s(3000, 4000) == pytest.approx(2e-5 * 3000, rel=0.3)
+
+
 def test_prefill_is_never_for_free() -> None:
     model = PrefillModel(prior_token_s=1e-4, forgetting=1.0)
     for uncached in (100, 1000, 5000) * 5:

@@ -10,10 +10,12 @@ from thunder_rollout.core.policies.adaptive.prefill_model import PrefillModel, S
 
 @dataclass(slots=True)
 class Run:
-    """A turn in flight, from its grant."""
+    """A turn in flight, from its grant: its prompt is held, loaded or uncached."""
 
     backend: str
     prompt_tokens: int
+    held_tokens: int  # of its prompt, by its backend's cache as far as we know
+    loaded_tokens: int  # expected from the host tier
     uncached_tokens: int  # expected
     output_tokens: float  # expected
     granted_s: float
@@ -66,6 +68,7 @@ class BackendAccount:
     name: str
     generation: int
     capacity_tokens: int
+    offload_tokens: int  # of its host tier
     max_running: int
     model: PrefillModel
     clock: ServiceClock

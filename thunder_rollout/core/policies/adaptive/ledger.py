@@ -28,8 +28,8 @@ from thunder_rollout.core.policies.adaptive.groups import Groups
 from thunder_rollout.core.policies.adaptive.growth import Growth
 from thunder_rollout.core.policies.adaptive.prefill_model import PrefillModel, ServiceClock
 from thunder_rollout.core.policies.adaptive.return_times import ReturnTimes
+from thunder_rollout.core.policies.adaptive.tiers import TieredTree
 from thunder_rollout.core.policies.base import ProgramView
-from thunder_rollout.core.prefix import PrefixTree
 from thunder_rollout.core.program import Phase, Status
 
 _CUT = (FinishReason.ABORT, FinishReason.ERROR)
@@ -41,7 +41,7 @@ class Ledger:
     def __init__(self, config: AdaptiveConfig) -> None:
         self._config = config
         self.now = 0.0
-        self.tree = PrefixTree()
+        self.tree = TieredTree()
         self.block_size: int | None = None
         self.programs: dict[str, ProgramAccount] = {}
         self.backends: dict[str, BackendAccount] = {}
@@ -86,9 +86,16 @@ class Ledger:
         return program.settled_tokens if overwritten <= backend.capacity_tokens - self.demand_tokens(backend) else 0
 
     def prefill_s(self, program: ProgramView, backend: BackendAccount) -> float:
-        """Seconds to compute what of its context the backend does not hold."""
-        uncached = max(0, program.context_tokens - self.resident_tokens(program.program_id, backend))
-        return self.model(backend).prefill_s(uncached, program.context_tokens)
+        """Seconds to load and compute what of its context the backend does not hold."""
+        missing = max(0, program.context_tokens - self.resident_tokens(program.program_id, backend))
+        return self.again_s(program, missing, backend)
+
+    def again_s(self, program: ProgramView, num_tokens: float, backend: BackendAccount) -> float:
+        """Seconds to have the last `num_tokens` of its context on the backend again."""
+        model, before = self.model(backend), program.context_tokens - num_tokens
+        offloaded = self.tree.offloaded_blocks(program.program_id, backend.name) * (self.block_size or 0)
+        loaded = min(num_tokens, max(0.0, offloaded - before))
+        return model.prefill_s(num_tokens - loaded, program.context_tokens) + model.load_s(loaded)
 
     def model(self, backend: BackendAccount) -> PrefillModel:
         """The backend's own once it has seen enough, the fleet's before."""
@@ -101,6 +108,14 @@ class Ledger:
         if not turn_s:
             return 1.0
         return (absence_s + turn_s * (1.0 - self.model(account).crowding)) / (absence_s + turn_s)
+
+    def loss_share(self, program: ProgramView, account: BackendAccount) -> float:
+        """What losing such a program's KV costs, as a share of computing it again: what loading costs
+        where the backend has a host tier."""
+        if not account.offload_tokens:
+            return 1.0
+        model = self.model(account)
+        return min(1.0, model.load_s(1.0) / model.prefill_s(1.0, program.context_tokens))
 
     def absence_s(self, program_id: str) -> float:
         """Expected seconds until its next request: of the tool call it is in, or of the one that comes next."""
@@ -171,10 +186,15 @@ class Ledger:
 
     def granted(self, program: ProgramView, request: TurnRequested, backend: str, grant: int) -> None:
         account, home = self.programs[program.program_id], self.backends[backend]
-        uncached = max(0, request.prompt_tokens - self.resident_tokens(program.program_id, home))
+        held = min(request.prompt_tokens, self.resident_tokens(program.program_id, home))
+        offloaded = self.tree.offloaded_blocks(program.program_id, backend) * (self.block_size or 0)
+        loaded = min(request.prompt_tokens, max(held, offloaded)) - held
+        uncached = request.prompt_tokens - held - loaded
         run = Run(
             backend=backend,
             prompt_tokens=request.prompt_tokens,
+            held_tokens=held,
+            loaded_tokens=loaded,
             uncached_tokens=uncached,
             output_tokens=self._expected_output(account),
             granted_s=self.now,
@@ -213,7 +233,12 @@ class Ledger:
     # Inside
 
     def _new_model(self) -> PrefillModel:
-        return PrefillModel(prior_token_s=self._config.prior_prefill_token_s, forgetting=self._config.forgetting)
+        config = self._config
+        return PrefillModel(
+            prior_token_s=config.prior_prefill_token_s,
+            prior_load_token_s=config.prior_load_token_s,
+            forgetting=config.forgetting,
+        )
 
     def _expected_output(self, program: ProgramAccount) -> float:
         if program.expected_output_tokens is not None:
@@ -301,10 +326,11 @@ class Ledger:
             return
         backend = self.backends[run.backend]
         output = event.output_tokens or 0
-        uncached = run.uncached_tokens
+        uncached, loaded = run.uncached_tokens, run.loaded_tokens
         if event.cached_tokens is not None:
             uncached = max(0, run.prompt_tokens - event.cached_tokens)
-        backend.odometer_tokens += uncached + output
+            loaded = max(0, event.cached_tokens - run.held_tokens) if backend.offload_tokens else 0
+        backend.odometer_tokens += uncached + loaded + output
         program.last_backend = run.backend
         program.last_cache = backend.cache
         program.last_odometer = backend.odometer_tokens
@@ -316,6 +342,7 @@ class Ledger:
         for model in (backend.model, self._fleet_model):
             model.add(
                 uncached_tokens=uncached,
+                loaded_tokens=loaded,
                 prompt_tokens=run.prompt_tokens,
                 output_tokens=output,
                 duration_s=duration_s,
@@ -333,6 +360,7 @@ class Ledger:
                 name=event.backend,
                 generation=event.generation,
                 capacity_tokens=event.capacity_tokens,
+                offload_tokens=event.offload_tokens,
                 max_running=event.max_running,
                 model=self._new_model(),
                 clock=clock,
@@ -341,6 +369,7 @@ class Ledger:
             self._void_caches((event.backend,))
             old.generation = event.generation
             old.capacity_tokens = event.capacity_tokens
+            old.offload_tokens = event.offload_tokens
             old.max_running = event.max_running
             old.refusal = None
         self._size_pool(self.backends[event.backend])
@@ -363,3 +392,4 @@ class Ledger:
             account.curve = [0.0] * len(_POINTS)
         max_blocks = account.capacity_tokens // self.block_size if self.block_size else _UNSIZED_BLOCKS
         self.tree.add_backend(account.name, max_blocks)
+        self.tree.set_tier(account.name, account.offload_tokens // (self.block_size or 1))

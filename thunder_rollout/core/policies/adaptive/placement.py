@@ -1,6 +1,6 @@
 """Where a waiting program goes: the backend with room that costs least.
 
-Cost is seconds: prefill of what the backend does not hold, and the service that the programs bound
+Cost is seconds: to load or prefill what the backend does not hold, and the service that the programs bound
 there ask of it. Where that is equal, the fewest turns in flight, then the name, decide; a program's
 last backend wins ties. Only a few backends are looked at: those with the least load, those with the
 most room, those that hold the program's prefix, and its last one.
@@ -8,7 +8,8 @@ most room, those that hold the program's prefix, and its last one.
 Room is judged twice. Demand with the program must be within `admit_watermark` now, and the most that
 all programs there are expected to need at once, as they grow and leave, within a share of capacity
 between `least_fill` and `most_fill`: passing it means computing something again, which pays where one
-more program adds to throughput, and does not where the engine is busy anyway.
+more program adds to throughput, and does not where the engine is busy anyway. Where a host tier makes
+it cheap, the peak counts for as much less.
 """
 
 from __future__ import annotations
@@ -119,7 +120,8 @@ class Placer:
         added = ledger.added_tokens(program, account.name)
         now = ledger.demand_tokens(account) + added - config.admit_watermark * account.capacity_tokens
         share = config.least_fill + (config.most_fill - config.least_fill) * ledger.gain(account)
-        return max(now, ledger.peak_tokens(program, account, added) - share * account.capacity_tokens)
+        peak = ledger.peak_tokens(program, account, added) * ledger.loss_share(program, account)
+        return max(now, peak - share * account.capacity_tokens)
 
     def _may_run(self, program: ProgramView, account: BackendAccount) -> bool:
         """As far as its running sequences and what it computes again are concerned."""

@@ -6,8 +6,9 @@
 - release, where demand passes `high_watermark`: programs are given up at the least expected waste
   (`victims`); what is marked already counts as gone.
 - hold or release, where a program waits for room: an acting program is worth holding while the
-  caching expected until it is back, c x E[t], costs less than computing it again, which holds its
-  own tokens and those of the turns in flight beside it: prefill_s x (c + reasoning tokens). Those
+  caching expected until it is back, c x E[t], costs less than having it again, which holds its own
+  tokens and those of the turns in flight beside it: again_s x (c + reasoning tokens), where again_s
+  is of computing it or, as far as a host tier holds it, of loading it. Those
   not worth holding are given up if together they make the room (eq. 3's currency, token-seconds).
 
 The tick re-examines what only time changes, a slice of the backends at a time.
@@ -238,13 +239,13 @@ class AdaptivePolicy(PolicyBase):
         return [programs[index].program_id for index in choose(items, need)]
 
     def _is_waste(self, program: ProgramView, backend: BackendView, account: BackendAccount) -> bool:
-        """Whether holding a token of it until it is back is expected to cost more than computing it again."""
-        recompute_s = self._ledger.model(account).prefill_s(1, program.context_tokens)
+        """Whether holding a token of it until it is back is expected to cost more than having it again."""
+        recompute_s = self._ledger.again_s(program, program.context_tokens, account) / program.context_tokens
         beside = program.context_tokens + backend.reasoning_tokens
         return self._ledger.absence_s(program.program_id) > recompute_s * beside
 
     def _item(self, program: ProgramView, account: BackendAccount) -> Item:
-        """Seconds to compute it again, weighted by how soon it is back and how complete its group is."""
+        """Seconds to load it or compute it again, weighted by how soon it is back and how complete its group is."""
         ledger = self._ledger
         tokens = ledger.freed_tokens(program.program_id)
         absence_s = ledger.absence_s(program.program_id)
@@ -253,5 +254,5 @@ class AdaptivePolicy(PolicyBase):
             absence_s += self._mean_wait_s
         soon = 1.0 + account.mean_turn_s / max(absence_s, _SHORTEST_ABSENCE_S)
         complete = 1.0 + ledger.groups.complete_share(program.group)
-        waste = ledger.model(account).prefill_s(tokens, program.context_tokens) * soon * complete
+        waste = ledger.again_s(program, tokens, account) * soon * complete
         return Item(tokens=tokens, waste=waste)

@@ -1,6 +1,7 @@
 """What a turn costs its engine, learned on line (tokens, seconds):
 
     duration = a + b x uncached + c x uncached x context + d x output + e x output x turns beside it
+               + f x loaded from host memory
 
 An engine prefills a turn's tokens for itself alone but decodes all turns together, so b and c are
 seconds of the whole engine. `ServiceClock` advances by dt / (turns in flight): how far it went while
@@ -14,7 +15,7 @@ more costs the others nothing, 1 where it takes from them all that it gets.
 from __future__ import annotations
 
 _SCALE_TOKENS = 1000.0  # features are in thousands of tokens, so that all are of one order
-_NUM_FEATURES = 5
+_NUM_FEATURES = 6
 _LEAST_DURATION_S = 1e-6
 _TURNS_A_FIT = 8  # the fit follows so many turns behind
 _RIDGE = 0.01  # pull towards the even cost, as a share of what was seen
@@ -39,9 +40,11 @@ class ServiceClock:
 class PrefillModel:
     """See the module."""
 
-    def __init__(self, *, prior_token_s: float, forgetting: float) -> None:
-        """`prior_token_s`: seconds of prefill a token before anything was seen."""
+    def __init__(self, *, prior_token_s: float, forgetting: float, prior_load_token_s: float = 0.0) -> None:
+        """Priors: seconds to prefill a token, and to load one, before anything was seen."""
         self._prior_token_s = prior_token_s
+        self._prior_load = prior_load_token_s * _SCALE_TOKENS
+        self._load = self._prior_load
         self._forgetting = forgetting
         self._products = [[0.0] * _NUM_FEATURES for _ in range(_NUM_FEATURES)]  # discounted sums of x x^T
         self._targets = [0.0] * _NUM_FEATURES  # of x y
@@ -53,12 +56,20 @@ class PrefillModel:
         self.num_turns = 0
 
     def add(
-        self, *, uncached_tokens: int, prompt_tokens: int, output_tokens: int, duration_s: float, service_s: float
+        self,
+        *,
+        uncached_tokens: int,
+        prompt_tokens: int,
+        output_tokens: int,
+        duration_s: float,
+        service_s: float,
+        loaded_tokens: int = 0,
     ) -> None:
         uncached, output = uncached_tokens / _SCALE_TOKENS, output_tokens / _SCALE_TOKENS
         beside = duration_s / service_s if service_s > 0 else 1.0
         duration_s = max(duration_s, _LEAST_DURATION_S)
-        terms = (1.0, uncached, output * beside, uncached * prompt_tokens / _SCALE_TOKENS, output)
+        loaded = loaded_tokens / _SCALE_TOKENS
+        terms = (1.0, uncached, output * beside, uncached * prompt_tokens / _SCALE_TOKENS, output, loaded)
         features = [term / duration_s for term in terms]
         forgetting = self._forgetting
         for row, feature in zip(self._products, features, strict=True):
@@ -77,6 +88,12 @@ class PrefillModel:
         uncached = uncached_tokens / _SCALE_TOKENS
         return uncached * (self._linear + self._quadratic * context_tokens / _SCALE_TOKENS)
 
+    def load_s(self, tokens: float) -> float:
+        """Seconds until `tokens` of a context are back from host memory."""
+        if self._num_unsolved >= _TURNS_A_FIT:
+            self._fit()
+        return tokens / _SCALE_TOKENS * self._load
+
     @property
     def crowding(self) -> float:
         """Share of the time to decode that grows with the turns beside it, in [0, 1]."""
@@ -90,7 +107,7 @@ class PrefillModel:
         self._num_unsolved = 0
         tokens = self._products[0][1] + self._products[0][2]
         even = self._targets[0] / tokens if tokens > 0 else self._prior_token_s * _SCALE_TOKENS
-        centre = (0.0, even, even, 0.0, 0.0)
+        centre = (0.0, even, even, 0.0, 0.0, self._prior_load)
         kept = list(range(_NUM_FEATURES))
         while True:
             weights = dict(zip(kept, self._weights(kept, centre), strict=True))
@@ -99,6 +116,7 @@ class PrefillModel:
                 break
             kept.remove(negative[-1])
         self._linear, self._quadratic = max(weights.get(1, 0.0), even / 10), weights.get(3, 0.0)
+        self._load = weights.get(5, 0.0)
         alone, crowded = weights.get(4, 0.0), weights.get(2, 0.0) * self.mean_beside
         self._crowding = crowded / (alone + crowded) if alone + crowded > 0 else 1.0
 
