@@ -48,7 +48,20 @@ class InfrastructureFailure(ThunderError):
 
 
 class EngineDied(InfrastructureFailure):
+    """`by_turn`: the turn that hears it may be the cause, for it ran while the engine failed at its
+    work; not where the engine was killed from outside, or nobody knows."""
+
     kind = "engine_died"
+
+    def __init__(self, message: str, *, by_turn: bool = False) -> None:
+        super().__init__(message)
+        self.by_turn = by_turn
+
+
+class RequestPoisoned(InfrastructureFailure):
+    """A turn that brought an engine down, and then another while it ran alone; it is not tried again."""
+
+    kind = "request_poisoned"
 
 
 class EngineFailed(InfrastructureFailure):

@@ -100,7 +100,7 @@ class _Bench:
         scheduler = RemoteScheduler(handle)
         await scheduler.start()
         supervisors = [
-            EngineSupervisor(name, self.engines[name], scheduler, info, report_s=config.engine.report_s)
+            EngineSupervisor(name, self.engines[name], scheduler, info, config.engine)
             for name, info in self._infos.items()
         ]
         for supervisor in supervisors:

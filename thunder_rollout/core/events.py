@@ -103,9 +103,12 @@ class BackendUp:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackendDown:
+    """`returning`: a restart may come, so who waits for the last backend goes on waiting."""
+
     backend: str
     generation: int
     reason: str | None = None
+    returning: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from thunder_rollout.engine.config import EngineConfig, check_resources
 from thunder_rollout.engine.factory import create_engine
+from thunder_rollout.engine.host import EngineHost
 from thunder_rollout.engine.protocol import EngineInfo, EngineStats, GenerateRequest, Generation
 
 __all__ = ["EngineActor", "check_resources", "create_engine_actor"]
@@ -18,11 +19,11 @@ MAX_CONCURRENCY = 10_000
 
 
 class EngineActor:
-    """The Engine Protocol, one async method each."""
+    """`EngineHost`, one async method each. Ray restarts a dead actor, without its engine: `start` it."""
 
     def __init__(self, config: EngineConfig, name: str) -> None:
         self._name = name
-        self._engine = create_engine(config)
+        self._engine = EngineHost(lambda: create_engine(config), hang_s=config.hang_s)
 
     def __repr__(self) -> str:
         return self._name  # Ray's prefix of its log lines
@@ -58,6 +59,7 @@ def create_engine_actor(
         "num_cpus": config.num_cpus,
         "num_gpus": config.gpus,
         "max_concurrency": MAX_CONCURRENCY,
+        "max_restarts": -1,
         "runtime_env": {"env_vars": config.environment()},
     }
     if placement_group is not None:

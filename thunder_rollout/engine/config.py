@@ -55,6 +55,8 @@ class EngineConfig:
     omp_threads: int = 1
     startup_timeout_s: float = 600.0
     report_s: float = 1.0  # the scheduler hears of an engine this often
+    hang_s: float = 20.0  # an engine that has work and makes no step for so long, or answers nothing, is dead
+    max_restarts: int = 5  # in a row without a step of work; then the run goes on without this engine
     log_level: str = "WARNING"
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -75,9 +77,10 @@ class EngineConfig:
         _require(length is None or length >= 2, "max_model_len", length, "at least 2 (a prompt and an output), or null")
         usage = self.gpu_memory_utilization
         _require(0 < usage <= 1, "gpu_memory_utilization", usage, "in (0, 1]")
-        for name in ("startup_timeout_s", "report_s"):
+        for name in ("startup_timeout_s", "report_s", "hang_s"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
         _require(self.num_cpus >= 0, "num_cpus", self.num_cpus, ">= 0")
+        _require(self.max_restarts >= 0, "max_restarts", self.max_restarts, ">= 0")
         self._check_kv_cache()
         self._check_offload()
         self._check_gpus()

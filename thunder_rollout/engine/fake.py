@@ -41,7 +41,7 @@ class _Pending:
 
 class FakeEngine:
     """`script(prompt_ids, sampling)` gives a turn's whole output (it ends there with reason `stop`,
-    or before with `length` at `max_tokens`). `die()` is the fault to inject."""
+    or before with `length` at `max_tokens`). `die()` and `hang()` are the faults to inject."""
 
     def __init__(
         self,
@@ -74,6 +74,8 @@ class FakeEngine:
         self._runner: asyncio.Task[None] | None = None
         self._dead: str | None = "the engine was not started"
         self._totals = {"prompt": 0, "cached": 0, "output": 0}
+        self._num_steps = 0
+        self._hangs = False
 
     async def start(self) -> EngineInfo:
         if self._runner is not None:
@@ -86,6 +88,7 @@ class FakeEngine:
             block_size=self._shape.block_size,
             max_running=self._shape.max_running,
             max_model_len=self._limits.max_model_len,
+            vocab_size=self._limits.vocab_size,
             model=self._name,
         )
 
@@ -118,6 +121,8 @@ class FakeEngine:
     async def stats(self) -> EngineStats:
         self._check_alive()
         return EngineStats(
+            in_flight=len(self._pending),
+            num_steps=self._num_steps,
             used_tokens=self._model.used_tokens,
             running=self._model.num_running,
             waiting=self._model.num_waiting,
@@ -136,7 +141,11 @@ class FakeEngine:
         if self._runner is not None:
             await asyncio.wait([self._runner])
 
-    def die(self, why: str = "it was killed by a test") -> None:
+    def hang(self) -> None:
+        """Make no step any more."""
+        self._hangs = True
+
+    def die(self, why: str = "it was killed by a test", *, by_turn: bool = False) -> None:
         """Fail every turn, now and later, with `EngineDied`. Idempotent."""
         if self._dead is None:
             self._dead = why
@@ -144,12 +153,12 @@ class FakeEngine:
             self._runner.cancel()
         for request_id, pending in list(self._pending.items()):
             if not pending.done.done():
-                pending.done.set_exception(EngineDied(f"engine {self._name} is gone: {self._dead}"))
+                pending.done.set_exception(EngineDied(f"engine {self._name} is gone: {self._dead}", by_turn=by_turn))
             self._drop(request_id)
 
     async def _run(self) -> None:
         while True:
-            step = self._model.begin_step()
+            step = None if self._hangs else self._model.begin_step()
             if step is None:
                 self._work.clear()
                 await self._work.wait()
@@ -160,6 +169,7 @@ class FakeEngine:
                     pending.admitted_at_s = _now_s()
             scheduled = {request_id: self._pending[request_id] for request_id in step.sampled}
             await asyncio.sleep(step.took_s)
+            self._num_steps += 1
             sampled = [request_id for request_id, turn in scheduled.items() if self._pending.get(request_id) is turn]
             self._model.end_step({request_id: self._next_token(request_id) for request_id in sampled})
             for request_id in sampled:

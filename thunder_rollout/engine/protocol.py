@@ -33,6 +33,7 @@ class GenerateRequest:
     prompt_ids: list[int]
     sampling: Sampling
     priority: int = 0
+    suspect: bool = False  # an engine failed while it ran: `EngineHost` runs it alone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,12 +66,17 @@ class EngineInfo:
     block_size: int
     max_running: int
     max_model_len: int
+    vocab_size: int
     model: str
     offload_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
+    """`in_flight` are the turns that it should be working on; with any, `num_steps` grows."""
+
+    in_flight: int
+    num_steps: int  # since start
     used_tokens: int
     running: int
     waiting: int

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+import ray
+
 from thunder_rollout.engine.protocol import EngineInfo, EngineStats, GenerateRequest, Generation
 from thunder_rollout.errors import EngineDied
 from thunder_rollout.remote import remote_call
@@ -12,7 +14,7 @@ from thunder_rollout.remote import remote_call
 
 class RemoteEngine:
     """Picklable, so that it can be handed to other actors. A dead actor is `EngineDied`; cancelling
-    a call cancels it in the actor, which aborts the turn."""
+    a call cancels it in the actor, which aborts the turn. `start` may come again (`EngineHost`)."""
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
@@ -34,6 +36,10 @@ class RemoteEngine:
 
     async def reset_prefix_cache(self) -> None:
         await self._call(self._handle.reset_prefix_cache.remote())
+
+    def kill(self) -> None:
+        """End the actor's process, whatever state it is in; Ray makes it anew."""
+        ray.kill(self._handle, no_restart=False)
 
     async def stop(self) -> None:
         """Idempotent also where the actor is gone."""

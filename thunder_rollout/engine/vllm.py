@@ -10,6 +10,7 @@ import asyncio
 import difflib
 import logging
 import os
+import signal
 import sys
 from dataclasses import fields
 from typing import Any
@@ -24,6 +25,8 @@ from thunder_rollout.errors import ConfigError, EngineDied, EngineFailed, Reques
 logger = logging.getLogger(__name__)
 
 _SEE_LOG = "the cause is in Ray's logs (of this machine's newest cluster: /tmp/ray/session_latest/logs)"
+_ENDED_FROM_OUTSIDE = (0, -signal.SIGTERM, -signal.SIGKILL)
+_EXIT_WAIT_S, _EXIT_POLL_S = 5.0, 0.1  # a core that failed says so before it exits
 _STOP_GRACE_S = 1.0  # an engine has nothing to save; its processes are killed after this
 
 # our field for vLLM's argument, where it has another name
@@ -70,6 +73,7 @@ class VllmEngine:
             block_size=vllm_config.cache_config.block_size,
             max_running=vllm_config.scheduler_config.max_num_seqs,
             max_model_len=vllm_config.model_config.max_model_len,
+            vocab_size=vllm_config.model_config.get_vocab_size(),
             model=self._config.model,
             offload_tokens=offload_tokens(vllm_config, self._config.kv_offload_gib),
         )
@@ -94,9 +98,12 @@ class VllmEngine:
         await self._alive().abort(request_id)
 
     async def stats(self) -> EngineStats:
-        self._alive()
+        if self._running().errored:
+            raise await self._death()
         gauges, idle = self._gauges, not self._in_flight  # vLLM reports only while it works
         return EngineStats(
+            in_flight=len(self._in_flight),
+            num_steps=gauges.num_steps,
             used_tokens=0 if idle else round(gauges.kv_usage * self._capacity_tokens),
             running=0 if idle else gauges.running,
             waiting=0 if idle else gauges.waiting,
@@ -121,12 +128,30 @@ class VllmEngine:
         if not self._loading.cancelled() and self._loading.exception() is None:
             await asyncio.to_thread(self._loading.result().shutdown, _STOP_GRACE_S)
 
-    def _alive(self) -> Any:
+    def _running(self) -> Any:
         if self._engine is None or self._stopped:
             raise EngineDied(f"engine {self._config.model} is not running")
-        if self._engine.errored:
+        return self._engine
+
+    def _alive(self) -> Any:
+        if self._running().errored:
             raise EngineDied(f"engine {self._config.model} died; {_SEE_LOG}")
         return self._engine
+
+    async def _death(self) -> EngineDied:
+        """Why the engine core is gone, by its exit code: it failed at its work, unless a signal ended it that
+        only comes from outside (SIGKILL is also the kernel's, for want of memory)."""
+        if self._stopped:
+            return EngineDied(f"engine {self._config.model} was stopped")
+        for _ in range(round(_EXIT_WAIT_S / _EXIT_POLL_S)):
+            if (code := _exit_code(self._engine)) is not None:
+                break
+            await asyncio.sleep(_EXIT_POLL_S)
+        if code is None:
+            why = "gave up"
+        else:
+            why = f"exited with code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
+        return EngineDied(f"engine {self._config.model} {why}; {_SEE_LOG}", by_turn=code not in _ENDED_FROM_OUTSIDE)
 
     async def _final_output(self, engine: Any, request: GenerateRequest, prompt_ids: list[int]) -> Any:
         from vllm.inputs import tokens_input
@@ -147,10 +172,10 @@ class VllmEngine:
             await asyncio.shield(engine.abort(request.request_id))
             raise
         except EngineDeadError as error:
-            raise EngineDied(f"engine {self._config.model} died; {_SEE_LOG}") from error
+            raise await self._death() from error
         except (EngineGenerateError, ValueError, TypeError) as error:
             if engine.errored or self._stopped:
-                raise EngineDied(f"engine {self._config.model} died; {_SEE_LOG}") from error
+                raise await self._death() from error
             if isinstance(error, EngineGenerateError) and not isinstance(error.__cause__, ValueError | TypeError):
                 raise EngineFailed(f"request {request.request_id}: {error.__cause__ or error}; {_SEE_LOG}") from error
             raise RequestError(f"request {request.request_id}: vLLM refused it: {error.__cause__ or error}") from error
@@ -167,8 +192,10 @@ class _Gauges:
         self.running = 0
         self.waiting = 0
         self.preemptions = 0
+        self.num_steps = 0
 
     def update(self, scheduler_stats: Any, iteration_stats: Any) -> None:
+        self.num_steps += 1
         if scheduler_stats is not None:
             self.kv_usage = scheduler_stats.kv_cache_usage
             self.running = scheduler_stats.num_running_reqs
@@ -238,6 +265,13 @@ def _engine_arguments(config: EngineConfig, known: set[str]) -> dict[str, Any]:
     return own | config.extra
 
 
+def _exit_code(engine: Any) -> int | None:
+    """Of the engine core's process (the first that failed, where there are several); None while all run."""
+    manager = engine.engine_core.resources.engine_manager
+    codes = [process.exitcode for process in manager.processes]
+    return next((code for code in codes if code is not None), None)
+
+
 def _executor(config: EngineConfig) -> Any:
     """One worker runs inside the engine core. On the CPU vLLM would give it a process of its own, to
     set its OpenMP variables (`EngineConfig.environment` has set them already), and the two would
@@ -290,7 +324,9 @@ def _to_generation(output: Any, *, num_prompt: int) -> Generation:
     completion, times = output.outputs[0], output.metrics
     token_ids = list(completion.token_ids)
     entries = completion.logprobs or []
-    logprobs = [entry[token_id].logprob for token_id, entry in zip(token_ids, entries, strict=True)]
+    logprobs = [
+        entry[token_id].logprob for token_id, entry in zip(token_ids, entries, strict=False)
+    ]  # checked: result_check
     return Generation(
         token_ids=token_ids,
         logprobs=logprobs,

@@ -9,7 +9,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from thunder_rollout.core.config import SchedulerConfig
-from thunder_rollout.core.events import Event, TurnRequested
+from thunder_rollout.core.events import BackendStats, Event, TurnRequested
 from thunder_rollout.errors import InfrastructureFailure
 from thunder_rollout.observe.metrics import MetricsSnapshot
 from thunder_rollout.observe.trace import TraceWriter
@@ -51,6 +51,9 @@ class SchedulerActor:
     async def post(self, event: Event) -> None:
         self._service.handle(event)
 
+    async def report(self, stats: BackendStats) -> bool:
+        return self._service.report(stats)
+
     async def close(self, program: str, reason: str | None) -> None:
         self._service.close(program, reason=reason)
 
@@ -90,6 +93,10 @@ class RemoteScheduler:
 
     async def post(self, event: Event) -> None:
         await self._call(self._handle.post.remote(event))
+
+    async def report(self, stats: BackendStats) -> bool:
+        is_up: bool = await self._call(self._handle.report.remote(stats))
+        return is_up
 
     async def close(self, program: str, *, reason: str | None = None) -> None:
         await self._call(self._handle.close.remote(program, reason))

@@ -16,6 +16,7 @@ from typing import Protocol
 from thunder_rollout.agent.loop import TurnResult
 from thunder_rollout.core.events import (
     BackendDown,
+    BackendStats,
     Event,
     FinishReason,
     ToolEnded,
@@ -25,7 +26,7 @@ from thunder_rollout.core.events import (
 )
 from thunder_rollout.engine.hashing import BlockHasher
 from thunder_rollout.engine.protocol import Engine, GenerateRequest, Generation, Sampling
-from thunder_rollout.errors import BadEvent, EngineDied, EngineFailed
+from thunder_rollout.errors import BadEvent, EngineDied, EngineFailed, RequestPoisoned
 from thunder_rollout.runtime.service import Grant, SchedulerService
 from thunder_rollout.sandbox.protocol import SandboxSpec
 
@@ -55,6 +56,9 @@ class LocalScheduler:
     async def post(self, event: Event) -> None:
         self._service.handle(event)
 
+    async def report(self, stats: BackendStats) -> bool:
+        return self._service.report(stats)
+
     async def close(self, program: str, *, reason: str | None = None) -> None:
         self._service.close(program, reason=reason)
 
@@ -63,7 +67,11 @@ class ProgramClient:
     """One program from open to close, as an async context manager; the agent loop's `ModelClient`.
 
     `block_size` makes it send block hashes with each request (policies that look at prefixes). A
-    turn whose engine dies, or that is aborted from outside, is asked again.
+    turn whose engine dies, or that is aborted from outside, is asked again, from the same ids.
+
+    Poison: a turn that may have brought an engine down (`EngineDied.by_turn`: it ran while the engine
+    failed at its work or hung, or its own result was nonsense) runs alone when it is asked again; one
+    that does so again is `RequestPoisoned`. An engine killed from outside is never held against a turn.
     """
 
     def __init__(
@@ -100,17 +108,27 @@ class ProgramClient:
 
     async def turn(self, prompt_ids: list[int], sampling: Sampling) -> TurnResult:
         """Run one turn; raises `EngineDied` only when no engine is left, `EngineFailed` when a living
-        one could not finish it."""
+        one could not finish it, `RequestPoisoned` when it brings engines down."""
         started = asyncio.get_running_loop().time()
         queue_s = 0.0
+        suspect = False
         while True:
             request = f"{self.program}/{next(self._turn_numbers)}"
             grant = await self._scheduler.admit(self._request(request, prompt_ids, sampling))
             queue_s += grant.queue_s
             try:
-                generation = await self._generate(grant, request, prompt_ids, sampling)
+                generation = await self._generate(
+                    grant,
+                    GenerateRequest(request_id=request, prompt_ids=prompt_ids, sampling=sampling, suspect=suspect),
+                )
             except EngineDied as error:
                 await self._report_dead(grant, error)
+                if error.by_turn and suspect:
+                    raise RequestPoisoned(
+                        f"program {self.program}: a turn of {len(prompt_ids)} prompt tokens brought two engines down, "
+                        f"the second while it ran alone: {error}"
+                    ) from error
+                suspect = suspect or error.by_turn
                 continue
             if generation.finish_reason == FinishReason.ABORT:
                 continue  # somebody cut the turn, not its program
@@ -129,11 +147,9 @@ class ProgramClient:
     async def tool_ended(self) -> None:
         await self._scheduler.post(ToolEnded(program=self.program))
 
-    async def _generate(self, grant: Grant, request: str, prompt_ids: list[int], sampling: Sampling) -> Generation:
+    async def _generate(self, grant: Grant, request: GenerateRequest) -> Generation:
         try:
-            generation = await self._engines[grant.backend].generate(
-                GenerateRequest(request_id=request, prompt_ids=prompt_ids, sampling=sampling)
-            )
+            generation = await self._engines[grant.backend].generate(request)
         except EngineDied:
             raise
         except BaseException:
@@ -152,7 +168,7 @@ class ProgramClient:
         return generation
 
     async def _report_dead(self, grant: Grant, error: EngineDied) -> None:
-        down = BackendDown(backend=grant.backend, generation=grant.generation, reason=str(error))
+        down = BackendDown(backend=grant.backend, generation=grant.generation, reason=str(error), returning=True)
         with contextlib.suppress(BadEvent):  # another program may have reported it first
             await self._scheduler.post(down)
 

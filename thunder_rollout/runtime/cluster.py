@@ -144,7 +144,7 @@ class Cluster:
         self._engine_handles[name] = handle
         self._engines[name] = RemoteEngine(handle)
         info = await self._engines[name].start()
-        return EngineSupervisor(name, self._engines[name], self.scheduler, info, report_s=engine.report_s)
+        return EngineSupervisor(name, self._engines[name], self.scheduler, info, engine)
 
     def _check_capacity(self, info: EngineInfo) -> None:
         longest = min(self.config.agent.max_context_tokens, info.max_model_len)

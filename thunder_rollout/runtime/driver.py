@@ -18,7 +18,7 @@ from typing import Any
 
 from thunder_rollout.config import RolloutConfig
 from thunder_rollout.engine.config import check_model_folder
-from thunder_rollout.errors import GradingFailed, InfrastructureFailure
+from thunder_rollout.errors import GradingFailed, InfrastructureFailure, RequestPoisoned
 from thunder_rollout.observe.metrics import MetricsSnapshot
 from thunder_rollout.observe.progress import Progress, SampleCounts
 from thunder_rollout.observe.wandb import WandbRun
@@ -139,8 +139,8 @@ async def _run_sample(config: RolloutConfig, cluster: Cluster, session: _Session
             except InfrastructureFailure as failure:
                 logger.warning("task=%s sample=%d attempt=%d: %s", key.instance_id, key.sample, attempt, failure)
                 last = failure
-                if isinstance(failure, GradingFailed):
-                    break  # the worker has tried again already, without playing the episode anew
+                if isinstance(failure, GradingFailed | RequestPoisoned):
+                    break  # tried again already, without playing the episode anew
                 continue
             session.outcomes.append(outcome)
             counts.done += 1

@@ -18,6 +18,7 @@ from thunder_rollout.core.config import SchedulerConfig
 from thunder_rollout.core.decisions import Decision, Expire, Pause, PrepareSandbox, Reject, ReleaseSandbox, Restore
 from thunder_rollout.core.events import (
     BackendDown,
+    BackendStats,
     BackendUp,
     Event,
     FinishReason,
@@ -79,6 +80,7 @@ class SchedulerService:
         self._specs: dict[str, SandboxSpec] = {}
         self._owners: dict[str, str] = {}
         self._live_backends: dict[str, int] = {}  # generation
+        self._returning: set[str] = set()  # down, and a restart may come
         self._no_engine: str | None = None  # why the last backend is gone
         self._tasks: set[asyncio.Task[None]] = set()
         self._ticker: asyncio.Task[None] | None = None
@@ -112,7 +114,7 @@ class SchedulerService:
         """Wait until the program may run this turn.
 
         Raises `Rejected` if it never can, `BadEvent` for a bad request, `EngineDied` when no
-        backend is left.
+        backend is left and none is returning.
         """
         if event.request in self._waiting:
             raise BadEvent(f"request={event.request} is waiting already; request ids are used once")
@@ -142,6 +144,11 @@ class SchedulerService:
         except Exception as error:
             self._break(error)
             raise
+
+    def report(self, stats: BackendStats) -> bool:
+        """Feed an engine's report; whether its generation still counts as up here."""
+        self.handle(stats)
+        return self._live_backends.get(stats.backend) == stats.generation
 
     def close(self, program: str, *, reason: str | None = None) -> None:
         """End a program and release all it holds; a program that never asked is only forgotten."""
@@ -226,12 +233,21 @@ class SchedulerService:
         if isinstance(event, BackendUp):
             self._live_backends[event.backend] = event.generation
             self._no_engine = None
-        elif isinstance(event, BackendDown) and self._live_backends.get(event.backend) == event.generation:
+            self._returning.discard(event.backend)
+        elif isinstance(event, BackendDown):
+            self._note_down(event)
+
+    def _note_down(self, event: BackendDown) -> None:
+        if self._live_backends.get(event.backend) == event.generation:
             del self._live_backends[event.backend]
-            if not self._live_backends:
-                self._no_engine = f"no engine is left: {event.backend}: {event.reason}"
-                for request in list(self._waiting):
-                    self._fail_waiter(request, EngineDied(self._no_engine))
+            self._returning.add(event.backend)
+        if event.returning or event.backend in self._live_backends:
+            return
+        self._returning.discard(event.backend)
+        if not self._live_backends and not self._returning:
+            self._no_engine = f"no engine is left: {event.backend}: {event.reason}"
+            for request in list(self._waiting):
+                self._fail_waiter(request, EngineDied(self._no_engine))
 
     def _fail_waiter(self, request: str, error: ThunderError) -> None:
         future = self._waiting[request][0]

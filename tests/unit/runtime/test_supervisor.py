@@ -1,39 +1,276 @@
-"""One engine under watch: what the scheduler hears of it."""
+"""Engines under watch: what the scheduler hears, and what becomes of programs when engines fail."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
 
 from tests.support.engine_contract import CONFIG, new_prompt, run
-from thunder_rollout.core.events import BackendStats, BackendUp, Event
+from tests.support.failing_engines import (
+    POISON,
+    SUPERVISED,
+    LocalHost,
+    NeverStarts,
+    PoisonedEngine,
+    Run,
+    play,
+    supervised_run,
+)
+from thunder_rollout.core.events import BackendDown, BackendStats, BackendUp, Event
 from thunder_rollout.engine.fake import FakeEngine
+from thunder_rollout.engine.protocol import EngineStats
 from thunder_rollout.engine.virtual_time import run_in_virtual_time
+from thunder_rollout.errors import EngineDied, RequestPoisoned
 from thunder_rollout.runtime.supervisor import EngineSupervisor
+
+PROMPTS = [[1 + number, *range(100, 300)] for number in range(12)]
 
 
 class RecordingScheduler:
     def __init__(self) -> None:
         self.events: list[Event] = []
+        self.is_up = True
 
     async def post(self, event: Event) -> None:
         self.events.append(event)
 
+    async def report(self, stats: BackendStats) -> bool:
+        self.events.append(stats)
+        return self.is_up
+
+
+async def play_all(run: Run, prompts: list[list[int]] = PROMPTS) -> list[list[list[int]]]:
+    return await asyncio.gather(*(play(run.client(f"p{i}"), prompt) for i, prompt in enumerate(prompts)))
+
+
+def undisturbed() -> list[list[list[int]]]:
+    async def main() -> list[list[list[int]]]:
+        async with supervised_run() as run:
+            return await play_all(run)
+
+    return run_in_virtual_time(main())
+
+
+def backends_up(run: Run) -> dict[str, int]:
+    return {backend.backend: backend.generation for backend in run.service.metrics().scheduler.backends}
+
 
 def test_the_scheduler_hears_what_an_engine_holds() -> None:
     async def main() -> list[Event]:
-        engine, scheduler = FakeEngine(CONFIG), RecordingScheduler()
-        supervisor = EngineSupervisor("e0", engine, scheduler, await engine.start(), report_s=1.0)
+        host, scheduler = LocalHost(lambda: FakeEngine(CONFIG), SUPERVISED), RecordingScheduler()
+        supervisor = EngineSupervisor("e0", host, scheduler, await host.start(), SUPERVISED)
         await supervisor.announce()
         watching = asyncio.create_task(supervisor.run())
-        turn = asyncio.create_task(run(engine, new_prompt(1000), max_tokens=1000))
+        turn = asyncio.create_task(run(host, new_prompt(1000), max_tokens=1000))
         await asyncio.sleep(1.5)
         turn.cancel()
         watching.cancel()
-        await engine.stop()
+        await host.stop()
         return scheduler.events
 
     up, stats = run_in_virtual_time(main())
     assert up == BackendUp(backend="e0", generation=0, capacity_tokens=4096, max_running=16, block_size=32)
     assert isinstance(stats, BackendStats)
     assert (stats.backend, stats.generation, stats.running, stats.waiting) == ("e0", 0, 1, 0)
-    assert stats.used_tokens is not None and stats.used_tokens >= 1000
+    assert stats.used_tokens is not None
+    assert stats.used_tokens >= 1000
+
+
+@pytest.mark.parametrize(
+    "fault", [lambda engine: engine.die(), lambda engine: engine.hang(), lambda engine: engine.die(by_turn=True)],
+    ids=["killed", "hangs", "crashes"],
+)  # fmt: skip
+def test_every_program_finishes_token_for_token_whatever_befalls_an_engine(fault: Callable[[FakeEngine], None]) -> None:
+    async def main() -> list[list[list[int]]]:
+        async with supervised_run() as run:
+            playing = asyncio.create_task(play_all(run))
+            await asyncio.sleep(1.0)
+            fault(run.hosts["engine0"].engines[-1])
+            outputs = await playing
+            await asyncio.sleep(10)
+            assert backends_up(run) == {"engine0": 1, "engine1": 0}
+            assert run.supervisors["engine0"].num_restarts == 1
+            assert run.hosts["engine0"].num_kills == 0, "an engine that answers is ended by its host"
+            return outputs
+
+    assert run_in_virtual_time(main()) == undisturbed()
+
+
+def test_a_death_is_known_and_mended_within_seconds() -> None:
+    async def main() -> None:
+        async with supervised_run() as run:
+            await asyncio.sleep(5)
+            run.hosts["engine0"].engines[-1].die()
+            await asyncio.sleep(2.5)
+            assert backends_up(run) == {"engine0": 1, "engine1": 0}
+
+    run_in_virtual_time(main())
+
+
+def test_ten_kills_in_a_row_poison_nobody() -> None:
+    """Also where one turn is hit by every one of them."""
+
+    async def main() -> list[list[list[int]]]:
+        async with supervised_run() as run:
+            playing = asyncio.create_task(play_all(run))
+            for number in range(20):
+                await asyncio.sleep(1.2)
+                run.hosts[f"engine{number % 2}"].engines[-1].die()
+            return await playing
+
+    assert run_in_virtual_time(main()) == undisturbed()
+
+
+def test_while_the_only_engine_restarts_programs_wait() -> None:
+    async def main() -> list[list[list[int]]]:
+        async with supervised_run(1) as run:
+            host = run.hosts["engine0"]
+            host.next_makes = [lambda: NeverStarts(CONFIG), lambda: NeverStarts(CONFIG)]
+            playing = asyncio.create_task(play_all(run))
+            await asyncio.sleep(1.0)
+            host.engines[-1].die()
+            outputs = await playing
+            assert len(host.engines) == 4
+            return outputs
+
+    assert run_in_virtual_time(main()) == undisturbed()
+
+
+def test_an_engine_that_never_starts_again_is_given_up_and_the_run_goes_on() -> None:
+    async def main() -> list[list[list[int]]]:
+        async with supervised_run() as run:
+            playing = asyncio.create_task(play_all(run))
+            await asyncio.sleep(1.0)
+            host = run.hosts["engine0"]
+            host.next_makes = [lambda: NeverStarts(CONFIG)] * 10
+            host.engines[-1].die()
+            outputs = await playing
+            await asyncio.sleep(100)
+            assert run.watching[0].done()
+            assert len(host.engines) == 1 + SUPERVISED.max_restarts
+            assert backends_up(run) == {"engine1": 0}
+            return outputs
+
+    assert run_in_virtual_time(main()) == undisturbed()
+
+
+def test_when_the_last_engine_is_given_up_who_waits_hears_why() -> None:
+    async def main() -> None:
+        async with supervised_run(1) as run:
+            playing = asyncio.create_task(play_all(run))
+            await asyncio.sleep(1.0)
+            host = run.hosts["engine0"]
+            host.next_makes = [lambda: NeverStarts(CONFIG)] * 10
+            host.engines[-1].die()
+            with pytest.raises(EngineDied, match="no engine is left: engine0: no start today"):
+                await playing
+
+    run_in_virtual_time(main())
+
+
+def test_an_engine_that_dies_before_it_works_is_given_up() -> None:
+    async def main() -> None:
+        async with supervised_run(1) as run:
+            for _ in range(1 + SUPERVISED.max_restarts):
+                assert not run.watching[0].done()
+                run.hosts["engine0"].engines[-1].die()
+                await asyncio.sleep(5)
+            assert run.watching[0].done()
+
+    run_in_virtual_time(main())
+
+
+def test_a_poisoned_turn_ends_alone_and_after_two_deaths() -> None:
+    async def main() -> list[list[list[int]]]:
+        async with supervised_run(make=lambda: PoisonedEngine(CONFIG)) as run:
+            innocent = asyncio.create_task(play_all(run))
+            with pytest.raises(RequestPoisoned, match="a turn of 3 prompt tokens brought two engines down"):
+                await play(run.client("guilty"), [1, POISON, 2])
+            outputs = await innocent
+            await asyncio.sleep(10)
+            assert sum(supervisor.num_restarts for supervisor in run.supervisors.values()) == 2
+            return outputs
+
+    assert run_in_virtual_time(main()) == undisturbed()
+
+
+def test_two_poisoned_turns_condemn_no_third() -> None:
+    async def main() -> list[list[list[int]]]:
+        async with supervised_run(make=lambda: PoisonedEngine(CONFIG)) as run:
+            innocent = asyncio.create_task(play_all(run))
+            guilty = (play(run.client(f"guilty{i}"), [1 + i, POISON, 2]) for i in range(3))
+            failures = await asyncio.gather(*guilty, return_exceptions=True)
+            assert [type(failure) for failure in failures] == [RequestPoisoned] * 3
+            return await innocent
+
+    assert run_in_virtual_time(main()) == undisturbed()
+
+
+class Deaf(LocalHost):
+    """Its process does not answer any more until it is killed."""
+
+    deaf = False
+
+    async def stats(self) -> EngineStats:
+        if self.deaf:
+            await asyncio.Event().wait()
+        return await super().stats()
+
+    def kill(self) -> None:
+        self.deaf = False
+        super().kill()
+
+
+def test_an_engine_that_does_not_answer_is_killed_and_started_again() -> None:
+    async def main() -> list[Event]:
+        host, scheduler = Deaf(lambda: FakeEngine(CONFIG), SUPERVISED), RecordingScheduler()
+        supervisor = EngineSupervisor("e0", host, scheduler, await host.start(), SUPERVISED)
+        watching = asyncio.create_task(supervisor.run())
+        await asyncio.sleep(0.5)
+        host.deaf = True
+        await asyncio.sleep(SUPERVISED.report_s + SUPERVISED.hang_s + 0.1)
+        watching.cancel()
+        assert host.num_kills == 1
+        await host.stop()
+        return scheduler.events
+
+    down, up = run_in_virtual_time(main())
+    assert isinstance(down, BackendDown)
+    assert (down.generation, down.returning, down.reason) == (0, True, "e0 did not answer for 5 s")
+    assert isinstance(up, BackendUp)
+    assert up.generation == 1
+
+
+def test_an_engine_lost_from_sight_is_announced_again_without_a_restart() -> None:
+    async def main() -> None:
+        async with supervised_run() as run:
+            run.service.handle(BackendDown(backend="engine0", generation=0, returning=True))
+            await asyncio.sleep(1.5)
+            assert backends_up(run) == {"engine0": 1, "engine1": 0}
+            assert len(run.hosts["engine0"].engines) == 1
+
+    run_in_virtual_time(main())
+
+
+def test_cancelling_a_restart_leaves_an_engine_that_stops() -> None:
+    class StartsSlowly(FakeEngine):
+        async def start(self):
+            await asyncio.sleep(60)
+            return await super().start()
+
+    async def main() -> None:
+        async with supervised_run(1, config=replace(SUPERVISED, report_s=0.5)) as run:
+            host = run.hosts["engine0"]
+            host.next_makes = [lambda: StartsSlowly(CONFIG)]
+            host.engines[-1].die()
+            await asyncio.sleep(5)
+            run.watching[0].cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await run.watching[0]
+            with pytest.raises(EngineDied):
+                await host.stats()
+
+    run_in_virtual_time(main())
