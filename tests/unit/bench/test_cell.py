@@ -8,7 +8,7 @@ from thunder_rollout.bench.cell import Cell, CellResult
 from thunder_rollout.bench.config import WorkloadConfig
 from thunder_rollout.bench.workload import mean_context_tokens, programs
 from thunder_rollout.core.config import SchedulerConfig
-from thunder_rollout.core.events import BackendUp
+from thunder_rollout.core.events import BackendDown, BackendUp
 from thunder_rollout.engine.config import EngineConfig
 from thunder_rollout.engine.fake import FakeEngine
 from thunder_rollout.engine.virtual_time import run_in_virtual_time
@@ -92,9 +92,9 @@ def test_a_failing_slot_fails_the_cell():
     async def run() -> None:
         engine = FakeEngine(ENGINE)
         await engine.start()
-        engine.die()
         service = SchedulerService(SchedulerConfig(policy="sticky"), clock=asyncio.get_running_loop().time)
         service.handle(BackendUp(backend="e0", generation=0, capacity_tokens=16_384, max_running=8))
+        service.handle(BackendDown(backend="e0", generation=0, reason="given up"))
         cell = Cell(
             workload=WORKLOAD, policy="sticky", load=1, seed=0, num_programs=1, vocab_size=9, warmup_s=1, measure_s=1
         )

@@ -8,7 +8,7 @@ import pytest
 
 from thunder_rollout.config import RolloutConfig, load_rollout_config
 from thunder_rollout.core.config import SchedulerConfig
-from thunder_rollout.errors import EngineDied, GradingFailed, SandboxFailed, ThunderError
+from thunder_rollout.errors import EngineDied, GradingFailed, RequestPoisoned, SandboxFailed, ThunderError
 from thunder_rollout.observe.config import WandbConfig
 from thunder_rollout.observe.metrics import MetricsSnapshot
 from thunder_rollout.observe.progress import SampleCounts
@@ -98,6 +98,12 @@ async def test_a_grader_that_failed_for_good_does_not_replay_the_episode(play):
     session, cluster = await play({(0, 0): GradingFailed("hung")}, samples=1)
     assert cluster.calls == [(0, 0)]
     assert session.failures == {"grading_failed": 1}
+
+
+async def test_a_poisoned_request_is_reported_and_not_tried_again(play):
+    session, cluster = await play({(0, 0): RequestPoisoned("twice")}, samples=2)
+    assert sorted(cluster.calls) == [(0, 0), (1, 0)]
+    assert session.failures == {"request_poisoned": 1}
 
 
 async def test_any_other_error_ends_the_run_as_itself(play):

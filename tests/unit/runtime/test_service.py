@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from thunder_rollout.core.config import CappedConfig, SchedulerConfig
-from thunder_rollout.core.events import BackendDown, BackendUp, FinishReason, TurnEnded, TurnRequested
+from thunder_rollout.core.events import BackendDown, BackendStats, BackendUp, FinishReason, TurnEnded, TurnRequested
 from thunder_rollout.errors import BadEvent, EngineDied, Rejected, SandboxFailed, ThunderError
 from thunder_rollout.observe.trace import TraceWriter, read_trace
 from thunder_rollout.runtime.service import SchedulerService
@@ -123,6 +123,37 @@ async def test_when_the_last_backend_dies_waiters_hear_of_it(make_service):
     await settle()
     service.handle(BackendDown(backend="e0", generation=0, reason="killed"))
     with pytest.raises(EngineDied, match="killed"):
+        await waiting
+
+
+async def test_while_a_backend_may_return_waiters_wait(make_service):
+    service = await make_service()
+    for name in ("a", "b", "c"):
+        service.open(name)
+    await service.admit(ask("a"))
+    waiting = asyncio.create_task(service.admit(ask("b")))
+    await settle()
+    down = BackendDown(backend="e0", generation=0, reason="killed", returning=True)
+    service.handle(down)
+    await settle()
+    assert not waiting.done()
+    assert not service.report(BackendStats(backend="e0", generation=0, used_tokens=1))
+    service.handle(BackendUp(backend="e0", generation=1, capacity_tokens=10_000, max_running=8))
+    assert (await waiting).generation == 1
+    assert service.report(BackendStats(backend="e0", generation=1, used_tokens=1))
+    service.close("b")
+    service.handle(down)
+    assert (await service.admit(ask("c"))).generation == 1, "news of an older generation changes nothing"
+
+
+async def test_a_backend_that_was_returning_and_is_given_up_fails_who_waits(make_service):
+    service = await make_service()
+    service.open("a")
+    service.handle(BackendDown(backend="e0", generation=0, reason="killed", returning=True))
+    waiting = asyncio.create_task(service.admit(ask("a")))
+    await settle()
+    service.handle(BackendDown(backend="e0", generation=0, reason="given up"))
+    with pytest.raises(EngineDied, match="given up"):
         await waiting
 
 

@@ -1,0 +1,192 @@
+"""The host: when an engine counts as dead, and what its turns then hear."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.support.engine_contract import *  # noqa: F403
+from tests.support.engine_contract import CONFIG, GREEDY, VOCAB_SIZE, new_prompt, new_request, run
+from thunder_rollout.engine.fake import FakeEngine
+from thunder_rollout.engine.host import EngineHost
+from thunder_rollout.engine.protocol import GenerateRequest, Generation
+from thunder_rollout.engine.result_check import what_is_wrong
+from thunder_rollout.engine.virtual_time import run_in_virtual_time
+from thunder_rollout.errors import EngineDied
+
+GOOD = Generation(
+    token_ids=[1, 2],
+    logprobs=[-0.5, 0.0],
+    finish_reason="stop",
+    prompt_tokens=3,
+    cached_tokens=0,
+    queue_s=0.0,
+    prefill_s=0.1,
+    decode_s=0.1,
+)
+NONSENSE: list[tuple[str, dict[str, Any]]] = [
+    ("21 tokens of 20", {"token_ids": [1] * 21, "logprobs": [0.0] * 21}),
+    ("1 log-probabilities for 2", {"logprobs": [0.0]}),
+    ("ids from 1 to 512", {"token_ids": [1, VOCAB_SIZE]}),
+    ("ids from -1 to 1", {"token_ids": [1, -1]}),
+    ("not finite", {"logprobs": [0.0, math.nan]}),
+    ("not finite", {"logprobs": [0.0, -math.inf]}),
+    ("above 0", {"logprobs": [0.0, 0.5]}),
+    ("a prompt of 4 tokens", {"prompt_tokens": 4}),
+    ("4 of 3 prompt tokens", {"cached_tokens": 4}),
+]
+
+
+def make_host() -> EngineHost:
+    return EngineHost(lambda: FakeEngine(CONFIG, vocab_size=VOCAB_SIZE), hang_s=5.0)
+
+
+@pytest.fixture
+async def engine() -> AsyncIterator[EngineHost]:
+    host = make_host()
+    await host.start()
+    yield host
+    await host.stop()
+
+
+class Answers(FakeEngine):
+    """Always the same."""
+
+    answer = GOOD
+
+    async def generate(self, request: GenerateRequest) -> Generation:
+        return self.answer
+
+
+@pytest.mark.parametrize(("message", "changes"), NONSENSE, ids=[message for message, _ in NONSENSE])
+async def test_nonsense_ends_the_engine_and_blames_its_own_turn_alone(message: str, changes: dict[str, Any]) -> None:
+    engine = Answers(CONFIG, vocab_size=VOCAB_SIZE)
+    host = EngineHost(lambda: engine, hang_s=5.0)
+    await host.start()
+    assert await host.generate(new_request([1, 2, 3])) == GOOD
+    engine.answer = replace(GOOD, **changes)
+    with pytest.raises(EngineDied, match=message) as caught:
+        await host.generate(new_request([1, 2, 3]))
+    assert caught.value.by_turn
+    with pytest.raises(EngineDied, match=message) as caught:
+        await host.stats()
+    assert not caught.value.by_turn
+    await host.stop()
+
+
+def test_a_turn_that_the_engine_reports_as_failed_is_no_nonsense() -> None:
+    failed = replace(GOOD, finish_reason="error", logprobs=[])
+    assert what_is_wrong(new_request([1, 2, 3], GREEDY), failed, vocab_size=VOCAB_SIZE) is None
+
+
+async def test_nothing_is_served_before_the_start_and_after_the_stop() -> None:
+    host = make_host()
+    with pytest.raises(EngineDied, match="not started"):
+        await run(host, [1])
+    await host.start()
+    await host.stop()
+    await host.stop()
+    with pytest.raises(EngineDied, match="stopped"):
+        await host.stats()
+
+
+async def test_a_new_start_ends_the_turns_of_the_engine_before(engine: EngineHost) -> None:
+    turn = asyncio.create_task(run(engine, new_prompt(100), max_tokens=1500))
+    await asyncio.sleep(0.05)
+    await engine.start()
+    with pytest.raises(EngineDied) as caught:
+        await turn
+    assert not caught.value.by_turn
+    assert len((await run(engine, new_prompt(100))).token_ids) == 20
+
+
+@pytest.mark.parametrize(("fault", "blamed"), [("hang", True), ("crash", True), ("kill", False)])
+def test_turns_that_ran_are_blamed_only_where_they_may_be_the_cause(fault: str, blamed: bool) -> None:
+    async def main() -> list[bool]:
+        engine = FakeEngine(CONFIG)
+        host = EngineHost(lambda: engine, hang_s=5.0)
+        await host.start()
+        ran = asyncio.create_task(run(host, new_prompt(100), max_tokens=1500))
+        await asyncio.sleep(0.1)
+        held_back = asyncio.create_task(host.generate(replace(new_request(new_prompt(100)), suspect=True)))
+        await asyncio.sleep(0.1)
+        if fault == "hang":
+            engine.hang()
+            await asyncio.sleep(0.2)
+            await host.stats()
+            await asyncio.sleep(5.1)
+            with pytest.raises(EngineDied, match="1 turns, no step for 5 s"):
+                await host.stats()
+        else:
+            engine.die(by_turn=fault == "crash")
+        errors = await asyncio.gather(ran, held_back, return_exceptions=True)
+        await host.stop()
+        assert all(isinstance(error, EngineDied) for error in errors)
+        return [error.by_turn for error in errors if isinstance(error, EngineDied)]
+
+    assert run_in_virtual_time(main()) == [blamed, False]
+
+
+def test_an_idle_engine_never_hangs() -> None:
+    async def main() -> None:
+        host = make_host()
+        await host.start()
+        for _ in range(20):
+            await host.stats()
+            await asyncio.sleep(3)
+        turn = asyncio.create_task(run(host, new_prompt(100), max_tokens=1500))
+        for _ in range(20):
+            await host.stats()
+            await asyncio.sleep(0.3)
+        await turn
+        await host.stop()
+
+    run_in_virtual_time(main())
+
+
+def test_a_suspect_runs_alone_and_the_others_after_it() -> None:
+    async def main() -> list[tuple[str, int]]:
+        host = make_host()
+        await host.start()
+        order: list[tuple[str, int]] = []
+
+        async def turn(name: str, suspect: bool) -> None:
+            await host.generate(replace(new_request(new_prompt(100), max_tokens=200), suspect=suspect))
+            order.append((name, (await host.stats()).in_flight))
+
+        first = [asyncio.create_task(turn("before", suspect=False)) for _ in range(3)]
+        await asyncio.sleep(0.1)
+        suspects = [asyncio.create_task(turn("suspect", suspect=True)) for _ in range(2)]
+        await asyncio.sleep(0)
+        last = asyncio.create_task(turn("after", suspect=False))
+        await asyncio.gather(*first, *suspects, last)
+        await host.stop()
+        return order
+
+    order = run_in_virtual_time(main())
+    assert [name for name, _ in order] == ["before"] * 3 + ["suspect"] * 2 + ["after"]
+
+
+def test_cancelling_a_suspect_that_waits_lets_the_others_go() -> None:
+    async def main() -> None:
+        host = make_host()
+        await host.start()
+        running = asyncio.create_task(run(host, new_prompt(100), max_tokens=1500))
+        await asyncio.sleep(0.1)
+        suspect = asyncio.create_task(host.generate(replace(new_request(new_prompt(100)), suspect=True)))
+        await asyncio.sleep(0.1)
+        other = asyncio.create_task(run(host, new_prompt(100)))
+        await asyncio.sleep(0.1)
+        assert not other.done()
+        suspect.cancel()
+        await other
+        assert not running.done()
+        await running
+        await host.stop()
+
+    run_in_virtual_time(main())
