@@ -200,6 +200,10 @@ class LazySandbox:
         await self.start()
         return await self._inner.diff(base_commit)
 
+    async def clear(self) -> None:
+        await self.start()
+        await self._inner.clear()
+
     async def stop(self) -> None:
         await self._inner.stop()
 

@@ -51,6 +51,9 @@ class SandboxHostActor:
     async def diff(self, program: str, base_commit: str) -> bytes:
         return await self._started().diff(program, base_commit)
 
+    async def clear(self, program: str) -> None:
+        await self._started().clear(program)
+
     async def stats(self) -> HostStats:
         return self._started().stats()
 

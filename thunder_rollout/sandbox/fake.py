@@ -92,6 +92,9 @@ class FakeSandbox:
         )  # fmt: skip
         return f"diff --git a/{name} b/{name}\n" + "".join(lines)
 
+    async def clear(self) -> None:
+        self._require_running()
+
     async def stop(self) -> None:
         self._stopped = True
         self.running = False

@@ -108,6 +108,9 @@ class SandboxHost:
     async def diff(self, program: str, base_commit: str) -> bytes:
         return await self._of(program).diff(base_commit)
 
+    async def clear(self, program: str) -> None:
+        await self._of(program).clear()
+
     async def release(self, program: str) -> None:
         """Remove the program's sandbox, also while it starts. Idempotent, bounded in time."""
         slot = self._slots.pop(program, None)

@@ -26,6 +26,8 @@ class SandboxSpec:
     `image` names a Docker image (ignored by `local`, which shows the host's own programs read
     only). `files` maps absolute paths to contents put in place first; then `setup`, one shell
     command, runs once as root in `/`. `workdir` is where commands run; it must exist after setup.
+    With a `base_commit`, the repository there then loses all but that commit and its past: no later
+    commit, remote, reflog, stash or unreferenced object is left to read an answer from.
     `labels` mark everything the sandbox owns (run, program, task).
     """
 
@@ -34,6 +36,7 @@ class SandboxSpec:
     files: dict[str, bytes] = field(default_factory=dict)
     setup: str = ""
     setup_timeout_s: float = 120.0
+    base_commit: str = ""
     env: dict[str, str] = field(default_factory=dict)
     limits: SandboxLimits = field(default_factory=SandboxLimits)
     labels: dict[str, str] = field(default_factory=dict)
@@ -67,6 +70,9 @@ class Sandbox(Protocol):
     async def diff(self, base_commit: str) -> bytes:
         """The workdir's changes since `base_commit` as a binary git patch, untracked files
         included; b"" if nothing changed."""
+
+    async def clear(self) -> None:
+        """End every process that commands left behind; files stay."""
 
     async def stop(self) -> None:
         """Remove everything the sandbox owns. Idempotent, bounded in time, shielded."""

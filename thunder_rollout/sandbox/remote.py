@@ -109,6 +109,9 @@ class RemoteSandbox:
         patch: bytes = await _call(self._handle.diff.remote(self._program, base_commit))
         return patch
 
+    async def clear(self) -> None:
+        await _call(self._handle.clear.remote(self._program))
+
     async def stop(self) -> None:
         await _call(self._handle.release.remote(self._program))
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 from thunder_rollout.errors import SandboxFailed
 from thunder_rollout.sandbox.gitdiff import DIFF_SCRIPT, NO_BASE, NO_REPOSITORY
+from thunder_rollout.sandbox.gitscrub import SCRUB_SCRIPT
 from thunder_rollout.sandbox.output import OutputBuffer
 from thunder_rollout.sandbox.protocol import ExecResult, SandboxSpec
 
@@ -34,6 +35,7 @@ MAX_COMMAND_BYTES = 100_000  # Linux takes 128 KiB in one argument
 MAX_FILE_BYTES = 64 * 1024**2  # read_file and diff beyond it are refused, for the host's memory
 INTERNAL_TIMEOUT_S = 60.0  # reading and writing files, diffs
 DESTROY_TIMEOUT_S = 15.0
+_CLEAR_ATTEMPTS = 10
 
 # $1 = time to live in seconds; a line "kill" on stdin ends all other processes. bash blocks SIGCHLD
 # inside `read`, so the short timeout is what reaps orphans.
@@ -127,21 +129,20 @@ class ShellSandbox(ABC):
             archive = _tar(spec.files)
             await self._internal(_UNPACK_SCRIPT, str(len(archive)), stdin=archive, what="files")
         if spec.setup:
-            output = OutputBuffer(4096)
-            done = await self._run(
-                EXEC_SCRIPT,
-                ("/", spec.setup),
-                stdin=b"",
-                env=spec.env,
-                timeout_s=spec.setup_timeout_s,
-                output=output,
-                merge_stderr=True,
-            )
-            if done.code != 0:
-                how = f"took over {spec.setup_timeout_s:.0f} s" if done.timed_out else f"exit code {done.code}"
-                raise SandboxFailed(f"sandbox: the task's setup failed ({how}): {output.text()[-1000:]}")
+            await self._set_up(EXEC_SCRIPT, "/", spec.setup, what="the task's setup", env=spec.env)
+        if spec.base_commit:
+            script = f"cd -- {_quote(spec.workdir)}\n{SCRUB_SCRIPT}"
+            await self._set_up(script, spec.base_commit, what=f"reducing the repository to {spec.base_commit}", env={})
         head = await self._internal(_WORKDIR_SCRIPT, spec.workdir, what=f"workdir {spec.workdir!r} must exist")
         self._first_head = head.decode("ascii", "replace").strip()
+
+    async def _set_up(self, script: str, *args: str, what: str, env: dict[str, str]) -> None:
+        output = OutputBuffer(4096)
+        limit_s = self.spec.setup_timeout_s
+        done = await self._run(script, args, stdin=b"", env=env, timeout_s=limit_s, output=output, merge_stderr=True)
+        if done.code != 0:
+            how = f"took over {limit_s:.0f} s" if done.timed_out else f"exit code {done.code}"
+            raise SandboxFailed(f"sandbox: {what} failed ({how}): {output.text()[-1000:]}")
 
     async def exec(self, command: str, *, timeout_s: float) -> ExecResult:
         began_s = time.monotonic()
@@ -194,6 +195,19 @@ class ShellSandbox(ABC):
                     raise
                 logger.warning("sandbox: the repository in %s is destroyed; no patch", self.spec.workdir)
                 return b""
+
+    async def clear(self) -> None:
+        async with self._lock:
+            self._require_running()
+            await self._clear()
+            for _ in range(_CLEAR_ATTEMPTS):  # PID 1 may take the order late, and then this dies of it
+                probe = OutputBuffer(0)
+                done = await self._run(
+                    "sleep 0.05", (), stdin=b"", env={}, timeout_s=5.0, output=probe, merge_stderr=False
+                )
+                if done.code == 0:
+                    return
+            raise SandboxFailed("sandbox: its processes could not be ended")
 
     async def stop(self) -> None:
         if self._stopping is None:

@@ -26,6 +26,7 @@ def sandbox_spec(
         files=task.files,
         setup="\n".join(part for part in ("set -e" if hide else "", task.setup, hide) if part),
         env=task.env,
+        base_commit=task.base_commit,
         limits=limits or SandboxLimits(),
         labels=labels or {},
     )

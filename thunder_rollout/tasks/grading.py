@@ -6,12 +6,21 @@ can't start or dies, the image can't run tests, the hidden tests don't go in, or
 of time even without the patch) is `GradingFailed`, never a reward.
 
 The patch decides nothing about how it is judged: what it says about the hidden tests' files,
-pytest's configuration and plugins, or Python's start-up is left out when it is applied. Code
-that attacks the test process from inside is not yet kept out.
+pytest's configuration and plugins, or Python's start-up is left out when it is applied (see
+`patch_rules`). The tested code shares a process with its judge, so the verdicts of a pytest suite
+come from a record that only a normal end of the run seals (see `seal_plugin`): leaving early,
+printing or writing a report, leaving a process behind, and replacing pytest's functions and classes
+all end in reward 0.
+
+What no runner in the same process can keep out, and this one doesn't: code written against this very
+plugin that digs the secret out of the interpreter's memory or undoes its changes before the end, and
+code that fools the tests' own assertions (an object that equals everything). The suites that are
+judged by their log (see `suites`) believe what the tested code prints.
 """
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import shlex
 from collections.abc import Callable
@@ -20,24 +29,16 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 from thunder_rollout.errors import ConfigError, GradingFailed, SandboxFailed
+from thunder_rollout.sandbox.gitdiff import SCRATCH
 from thunder_rollout.sandbox.protocol import ExecResult, Sandbox
+from thunder_rollout.tasks.patch_rules import exclude_arguments
 from thunder_rollout.tasks.report import BadReport
+from thunder_rollout.tasks.seal import PLUGIN, PLUGIN_SOURCE, unseal
 from thunder_rollout.tasks.suites import SUITES, Suite, check_gradable, patched_paths
 from thunder_rollout.tasks.task import Task
 
 MakeSandbox = Callable[[], AbstractAsyncContextManager[Sandbox]]
 
-# Paths (git wildcards; `*` crosses folders) by which a patch could change its own judge.
-_JUDGE_NAMES = ("conftest.py", "pytest.ini", ".pytest.ini", "pytest.toml", ".pytest.toml", "tox.ini", "setup.cfg",
-                "pyproject.toml", "sitecustomize.py", "usercustomize.py")  # fmt: skip
-_JUDGE_FOLDERS = ("pytest", "_pytest", "pluggy", "*.egg-info", "*.dist-info")
-_JUDGE_PATTERNS = (
-    *(pattern for name in _JUDGE_NAMES for pattern in (name, f"*/{name}")),
-    *(f"{folder}/*" for folder in _JUDGE_FOLDERS),
-    "pytest.py",
-    "*.pth",
-    "*.pyc",
-)
 _GIT = "git -c safe.directory='*' -c core.hooksPath=/dev/null"
 _TIMED_OUT = "tests timed out"
 _MAX_REPORT_BYTES = 64 * 1024**2
@@ -80,22 +81,27 @@ async def grade(task: Task, patch: bytes, make_sandbox: MakeSandbox, *, config: 
     config = config or GradingConfig()
     try:
         async with make_sandbox() as sandbox:
-            verdict = await _Grading(task, sandbox, config).judge(patch)
+            grading = _Grading(task, sandbox, config)
+            verdict = await grading.judge(patch)
         if verdict.reason == _TIMED_OUT:
             await _check_in_time_without_patch(task, make_sandbox, config)
+        if grading.altered and (by_patch := grading.altered - await _altered_without_patch(task, make_sandbox, config)):
+            return _failed(f"the tests' runner was altered: {', '.join(sorted(by_patch))[:500]}", log=verdict.log)
         return verdict
     except SandboxFailed as error:
         raise GradingFailed(f"task {task.instance_id}: the grading sandbox failed: {error}") from error
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Grading:
-    """One verdict in one started sandbox."""
+    """One verdict in one started sandbox; `altered` is what the run replaced of its own runner."""
 
     task: Task
     sandbox: Sandbox
     config: GradingConfig
-    scratch: str = field(default_factory=lambda: f"/tmp/grading-{secrets.token_hex(8)}")
+    altered: frozenset[str] = frozenset()
+    scratch: str = field(default_factory=lambda: f"{SCRATCH}/grading-{secrets.token_hex(8)}")
+    secret: bytes = field(default_factory=lambda: secrets.token_hex(32).encode())
 
     @property
     def suite(self) -> Suite:
@@ -110,10 +116,11 @@ class _Grading:
         result = await self.run_tests()
         if result.timed_out:
             return _failed(_TIMED_OUT, log=result.output)
+        await self.sandbox.clear()
         try:
-            verdicts = self.suite.verdicts(self.task, await self._report())
+            verdicts = self.suite.verdicts(self.task, await self.report())
         except (BadReport, FileNotFoundError) as error:
-            await self._must(self.suite.probe(self.task), "run the tests' command at all")
+            await self._must(self._with_plugin(self.suite.probe(self.task)), "run the tests' command at all")
             return _failed(f"the tests left no report: {error}", log=result.output)
         return self._verdict(verdicts, result.output)
 
@@ -122,9 +129,8 @@ class _Grading:
 
     async def _apply_agent_patch(self, patch: bytes) -> str:
         """What git says against the patch, "" if it applied."""
-        hidden = [_git_literal(path) for path in self._hidden_paths()]
-        excluded = [*_JUDGE_PATTERNS, *hidden, *(f"{path}/*" for path in hidden)]
-        exclude = " ".join(f"--exclude={shlex.quote(pattern)}" for pattern in excluded)
+        names = await self._step("git ls-tree --name-only HEAD", "list the repository")
+        exclude = exclude_arguments(judged_paths=self._hidden_paths(), base_names=names.output.splitlines())
         file = f"{self.scratch}/agent.patch"
         await self.sandbox.write_file(file, patch)
         result = await self._step(f"{_GIT} apply --whitespace=nowarn {exclude} {file}", "apply the agent's patch")
@@ -147,10 +153,20 @@ class _Grading:
         return ""
 
     async def run_tests(self) -> ExecResult:
-        command = self.suite.command(self.task, self._wanted(), self._report_path())
+        if self.suite.sealed:
+            await self.sandbox.write_file(f"{self.scratch}/{PLUGIN}.py", PLUGIN_SOURCE.read_bytes())
+            await self.sandbox.write_file(f"{self.scratch}/secret", self.secret)
+        command = self._with_plugin(self.suite.command(self.task, self._wanted(), self._report_path()))
         return await self.sandbox.exec(command, timeout_s=self.config.test_timeout_s)
 
-    async def _report(self) -> bytes:
+    def _with_plugin(self, command: str) -> str:
+        return (
+            f"export PYTHONPATH={self.scratch}${{PYTHONPATH:+:$PYTHONPATH}}\n{command}"
+            if self.suite.sealed
+            else command
+        )
+
+    async def report(self) -> bytes:
         """Raises `FileNotFoundError` or `BadReport`."""
         path = self._report_path()
         size = await self._step(f"stat -c %s {path}", "look for the report")
@@ -158,7 +174,11 @@ class _Grading:
             raise FileNotFoundError("no report was written")
         if not size.output.strip().isdecimal() or int(size.output) > _MAX_REPORT_BYTES:
             raise BadReport(f"the report has more than {_MAX_REPORT_BYTES} bytes")
-        return await self.sandbox.read_file(path)
+        content = await self.sandbox.read_file(path)
+        if not self.suite.sealed:
+            return content
+        record, self.altered = unseal(content, self.secret)
+        return record
 
     def _report_path(self) -> str:
         return f"{self.scratch}/{self.suite.report}"
@@ -182,7 +202,8 @@ class _Grading:
         task = self.task
         hidden = [path.removeprefix(f"{task.workdir}/") for path in task.hidden_paths]
         tests = list(task.test_files) or patched_paths(task.test_patch)
-        return [*tests, *hidden]
+        judging = [test.partition("::")[0] for test in self._wanted() if "::" in test]
+        return [*tests, *hidden, *judging]
 
     async def _must(self, command: str, purpose: str) -> None:
         result = await self._step(command, purpose)
@@ -210,13 +231,20 @@ async def _check_in_time_without_patch(task: Task, make_sandbox: MakeSandbox, co
             )
 
 
+async def _altered_without_patch(task: Task, make_sandbox: MakeSandbox, config: GradingConfig) -> frozenset[str]:
+    """An image's own plugins may replace parts of pytest; that is not the patch's doing."""
+    async with make_sandbox() as sandbox:
+        grading = _Grading(task, sandbox, config)
+        await grading.prepare()
+        await grading.put_hidden_tests()
+        await grading.run_tests()
+        with contextlib.suppress(BadReport, FileNotFoundError):
+            await grading.report()
+        return grading.altered
+
+
 def _failed(reason: str, log: str = "") -> Grade:
     return Grade(resolved=False, reward=0.0, log=log, reason=reason)
-
-
-def _git_literal(path: str) -> str:
-    """A git wildcard that matches `path` alone."""
-    return "".join(f"\\{letter}" if letter in "*?[]\\" else letter for letter in path)
 
 
 def _last_line(result: ExecResult) -> str:

@@ -2,7 +2,7 @@
 
 | suite | names | verdicts come from |
 |---|---|---|
-| `pytest` | node ids, `path::Class::name` | the JUnit report, whose structure no print can forge |
+| `pytest` | node ids, `path::Class::name` | a sealed record (see `seal`), which no print can forge |
 | `django` | `name (module.Class)`, or a test's docstring | the verbose log of `tests/runtests.py` |
 | `sympy` | bare function names | the verbose log of `bin/test` |
 | `r2e` | `Class.name`; each has the status it should have | the short test summary of `run_tests.sh` |
@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from thunder_rollout.errors import TaskError
-from thunder_rollout.tasks.report import BadReport, passed_by_test
+from thunder_rollout.tasks.report import BadReport
+from thunder_rollout.tasks.seal import PLUGIN, passed_in_record
 from thunder_rollout.tasks.task import Task
 
 _NOT_TESTS = (".cfg", ".csv", ".gif", ".ini", ".jpeg", ".jpg", ".json", ".md", ".pkl", ".png", ".rst", ".toml", ".txt",
@@ -40,6 +41,10 @@ class Suite(Protocol):
     def report(self) -> str:
         """Its file name in the grader's scratch folder."""
 
+    @property
+    def sealed(self) -> bool:
+        """Whether the report is a sealed record, which takes the grader's plugin; else a log."""
+
     def refusal(self, task: Task) -> str:
         """Why the task's tests can't be judged; "" if they can."""
 
@@ -50,31 +55,33 @@ class Suite(Protocol):
         """Succeeds where the image can run tests at all, whatever the agent's patch did."""
 
     def verdicts(self, task: Task, report: bytes) -> dict[str, bool]:
-        """Whether each test that ran did what it should. Raises `BadReport`."""
+        """Whether, by the log or the unsealed record, each test that ran did what it should. Raises `BadReport`."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Pytest:
-    report: str = "report.xml"
+    report: str = "report"
+    sealed: bool = True
 
     def refusal(self, task: Task) -> str:
         return "" if (odd := _without(task, "::")) is None else f"{odd!r} isn't a pytest node id (path::test)"
 
     def command(self, task: Task, tests: Iterable[str], report: str) -> str:
         files = dict.fromkeys(test.partition("::")[0] for test in tests)
-        return f"{task.test_command} -o junit_family=xunit1 --junitxml={report} {shlex.join(files)}"
+        return f"{task.test_command} -p {PLUGIN} {shlex.join(files)}"
 
     def probe(self, task: Task) -> str:
-        return f"cd / && {task.test_command} --version"
+        return f"cd / && {task.test_command} -p {PLUGIN} --version"
 
     def verdicts(self, task: Task, report: bytes) -> dict[str, bool]:
-        exact = passed_by_test(report)
+        exact = passed_in_record(report)
         return _all_passed([*((_published(test), passed) for test, passed in exact.items())]) | exact
 
 
 @dataclass(frozen=True, slots=True)
 class _Django:
     report: str = "report.log"
+    sealed: bool = False
 
     def refusal(self, task: Task) -> str:
         return "" if self._labels(task) else "its test_patch names no test module to run"
@@ -97,6 +104,7 @@ class _Django:
 @dataclass(frozen=True, slots=True)
 class _Sympy:
     report: str = "report.log"
+    sealed: bool = False
 
     def refusal(self, task: Task) -> str:
         return "" if self._files(task) else "its test_patch names no test file to run"
@@ -121,6 +129,7 @@ class _R2e:
     """The task's names are the keys of `expected_output_json`; failing may be what a test should do."""
 
     report: str = "report.log"
+    sealed: bool = False
 
     def refusal(self, task: Task) -> str:
         return "" if _expected(task) else "expected_output_json is missing"

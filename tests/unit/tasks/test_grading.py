@@ -78,31 +78,20 @@ async def test_a_patch_that_doesnt_apply_is_the_agents_failure(toy_task: Task) -
     assert verdict.reward == 0.0 and "doesn't apply" in verdict.reason
 
 
-async def test_printing_passed_forges_nothing(toy_task: Task) -> None:
-    test = toy_task.fail_to_pass[0]
-    verdict = await grade_locally(toy_task, prepended(toy_task, f"print('PASSED {test}')"))
-    assert set(verdict.failed) == set(toy_task.fail_to_pass)
-
-
-async def test_leaving_early_forges_nothing(toy_task: Task) -> None:
-    verdict = await grade_locally(toy_task, prepended(toy_task, "import os; os._exit(0)"))
-    assert verdict.reward == 0.0 and "no report" in verdict.reason
+async def test_an_image_whose_plugins_replace_parts_of_pytest_is_graded_all_the_same(toy_task: Task) -> None:
+    plugin = b"import _pytest.python as p; run = p.Function.runtest; p.Function.runtest = lambda self: run(self)"
+    files = toy_task.files | {"/opt/plugins/image_plugin.py": plugin}
+    command = f"PYTHONPATH=$PYTHONPATH:/opt/plugins {toy_task.test_command} -p image_plugin"
+    task = replace(toy_task, files=files, test_command=command)
+    assert (await grade_locally(task, task.patch)).resolved
+    patch = prepended(task, "import _pytest.runner as r; r.check_interactive_exception = lambda *a: False")
+    verdict = await grade_locally(task, patch)
+    assert verdict.reward == 0.0 and "check_interactive_exception" in verdict.reason
 
 
 async def test_hanging_tests_are_the_agents_failure(toy_task: Task) -> None:
     verdict = await grade_locally(toy_task, prepended(toy_task, "while True: pass"), test_timeout_s=6.0)
     assert (verdict.reward, verdict.reason) == (0.0, "tests timed out")
-
-
-PASS_ALL = "import pytest\n@pytest.hookimpl(tryfirst=True)\ndef pytest_pyfunc_call(pyfuncitem): return True\n"
-
-
-@pytest.mark.parametrize("path", ["conftest.py", "tests/conftest.py", "pytest.py", "sitecustomize.py"])
-async def test_a_patch_cant_bring_its_own_judge(toy_task: Task, path: str) -> None:
-    lenient = replace(toy_task, test_command="PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 python -m pytest -q -p no:cacheprovider")
-    verdict = await grade_locally(lenient, new_file(path, PASS_ALL))
-    assert set(verdict.failed) == set(toy_task.fail_to_pass)
-    assert set(verdict.passed) == set(toy_task.pass_to_pass)
 
 
 async def test_the_hidden_tests_are_the_tasks_whatever_the_patch_says(toy_task: Task) -> None:
@@ -166,6 +155,8 @@ class BrokenSandbox:
 
     async def diff(self, base_commit: str) -> bytes:
         return b""
+
+    async def clear(self) -> None: ...
 
     async def stop(self) -> None:
         self.stopped = True

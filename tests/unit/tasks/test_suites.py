@@ -90,11 +90,8 @@ def test_a_log_without_one_summary_is_no_report(log: str) -> None:
 
 
 def test_a_node_id_is_found_as_swe_bench_writes_it() -> None:
-    report = b"""<testsuites><testsuite>
-      <testcase classname="t" file="t.py" name="test_a[/tmp/x/y.dcm]"/>
-      <testcase classname="t" file="t.py" name="test_b[one two]"/>
-      <testcase classname="t" file="t.py" name="test_b[one three]"><failure/></testcase>
-    </testsuite></testsuites>"""
+    passed = {"t.py::test_a[/tmp/x/y.dcm]": True, "t.py::test_b[one two]": True, "t.py::test_b[one three]": False}
+    report = json.dumps({"passed": passed, "altered": []}).encode()
     verdicts = SUITES["pytest"].verdicts(TASK, report)
     assert verdicts["t.py::test_a[/y.dcm]"] and verdicts["t.py::test_a[/tmp/x/y.dcm]"]
     assert verdicts["t.py::test_b[one two]"] and not verdicts["t.py::test_b[one"]

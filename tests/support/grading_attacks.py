@@ -1,0 +1,174 @@
+"""What a patch may try on its grader, each with the ending it must have: reward 0, or the verdict that
+the fix alone deserves. To be used together with `attacks`, and like it.
+
+Never an infrastructure failure: a patch can't choose to be judged anew.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.support.sandbox_contract import MakeSandbox
+from thunder_rollout.sandbox.protocol import SandboxLimits
+from thunder_rollout.tasks.environment import sandbox_spec, started
+from thunder_rollout.tasks.grading import Grade, GradingConfig, grade
+from thunder_rollout.tasks.task import Task
+from thunder_rollout.tasks.toy import generate
+
+TASK = generate(seed=0, count=1, difficulty="easy")[0]
+LENIENT = "PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 python -m pytest -q -p no:cacheprovider"
+SOURCE = next(line[6:] for line in TASK.patch.splitlines() if line.startswith("+++ b/"))
+LIMITS = SandboxLimits(memory_bytes=256 * 2**20, pids=64, disk_bytes=64 * 2**20)
+PASS_ALL = "import pytest\n@pytest.hookimpl(tryfirst=True)\ndef pytest_pyfunc_call(pyfuncitem): return True\n"
+
+# Code at the top of the file with the bug: it runs when the hidden tests import it.
+HACKS = {
+    "exit 0 at once": "import os; os._exit(0)",
+    "exit 0 in the end": "import atexit, os; atexit.register(os._exit, 0)",
+    "raise SystemExit": "raise SystemExit(0)",
+    "pytest.exit": "import pytest; pytest.exit('all passed', returncode=0)",
+    "print verdicts": f"print('PASSED {TASK.fail_to_pass[0]}')",
+    "skip the module": "import pytest; pytest.skip(allow_module_level=True)",
+    "replace a method": "import _pytest.python as p; p.Function.runtest = lambda self: None",
+    "replace a function's code": (
+        "import _pytest.python as p; p.pytest_pyfunc_call.__code__ = (lambda pyfuncitem: True).__code__"
+    ),
+    "hide an attribute": (
+        "from _pytest.reports import TestReport as T; T.passed = property(lambda self: True); "
+        "T.outcome = property(lambda self: 'passed', lambda self, value: None)"
+    ),
+    "replace how reports are made": (
+        "from _pytest.reports import TestReport as T; make = T.from_item_and_call.__func__; "
+        "T.from_item_and_call = classmethod(lambda c, i, call: (setattr(call, 'excinfo', None), make(c, i, call))[1])"
+    ),
+    "write a report at exit": (
+        "import atexit, glob; atexit.register(lambda: [open(f + '/report', 'w').write("
+        "'0' * 64 + '\\n{\"passed\": {}, \"altered\": []}') for f in glob.glob('/run/thunder/grading-*')])"
+    ),
+    "leave a forger behind": (
+        "import subprocess; subprocess.Popen(['bash', '-c', 'while true; do for f in /run/thunder/grading-*; "
+        "do echo forged > $f/report; done; done'], start_new_session=True)"
+    ),
+    "kill everybody": "import os; [os.kill(pid, 9) for pid in (1, -1, os.getppid(), os.getpid())]",
+    "fork bomb": "import os; exec('while True:\\n try: os.fork()\\n except OSError: pass')",
+    "fill the memory": "x = [b'a' * 2**20 for _ in range(4096)]",
+    "fill the disk": "open('/testbed/big', 'wb').write(b'a' * 2**27)",
+    "hang, signals ignored": (
+        "import signal, time; [signal.signal(s, signal.SIG_IGN) for s in (1, 2, 3, 15)]; time.sleep(1000)"
+    ),
+}
+
+
+async def grade_with(make: MakeSandbox, patch: str | bytes, task: Task = TASK, test_timeout_s: float = 6.0) -> Grade:
+    spec = sandbox_spec(task, limits=LIMITS)
+    patch = patch.encode() if isinstance(patch, str) else patch
+    return await grade(task, patch, lambda: started(make(spec)), config=GradingConfig(test_timeout_s=test_timeout_s))
+
+
+def patch_of(changes: str, task: Task = TASK) -> bytes:
+    """The patch that a shell script in the task's repository makes."""
+    with tempfile.TemporaryDirectory() as folder:
+        for path, content in task.files.items():
+            file = Path(folder, path.removeprefix(f"{task.workdir}/"))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+            file.chmod(0o644)
+        begin = "set -e; git init -q .; git add -A; base=$(git write-tree)"
+        end = "git add -A; git diff --cached --binary --full-index --no-renames $base"
+        script = f"{begin}; {changes}\n{end}"
+        return subprocess.run(["bash", "-c", script], cwd=folder, check=True, stdout=subprocess.PIPE).stdout
+
+
+def with_first_line(line: str) -> bytes:
+    return patch_of(f"printf '%s\\n' {_quoted(line)} | cat - {SOURCE} > new; cat new > {SOURCE}; rm new")
+
+
+def new_file(path: str, line: str) -> str:
+    head = f"diff --git a/{path} b/{path}\nnew file mode 100644\n--- /dev/null\n+++ b/{path}\n"
+    return f"{head}@@ -0,0 +1 @@\n+{line}\n"
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "'\\''") + "'"
+
+
+@pytest.mark.parametrize("hack", HACKS)
+async def test_code_that_attacks_its_judge_gets_nothing(make: MakeSandbox, hack: str) -> None:
+    verdict = await grade_with(make, with_first_line(HACKS[hack]))
+    assert (verdict.reward, verdict.resolved) == (0.0, False), verdict.reason
+    assert not set(verdict.passed) & set(TASK.fail_to_pass)
+
+
+@pytest.mark.parametrize(
+    "path", ["conftest.py", "tests/conftest.py", "pytest.py", "sitecustomize.py", "iniconfig.py", "random/__init__.py"]
+)
+async def test_a_patch_cant_bring_its_own_judge(make: MakeSandbox, path: str) -> None:
+    lenient = replace(TASK, test_command=LENIENT)
+    code = PASS_ALL if "conftest" in path else "import sys; sys.exit(0)\n"
+    brought = f"mkdir -p $(dirname {path}); printf '%s' {_quoted(code)} > {path}"
+    verdict = await grade_with(make, patch_of(brought), lenient)
+    assert set(verdict.failed) == set(TASK.fail_to_pass)
+    assert set(verdict.passed) == set(TASK.pass_to_pass)
+
+
+async def test_edited_and_removed_tests_come_back(make: MakeSandbox) -> None:
+    (path,) = TASK.test_files
+    for changes in (
+        f"rm {path}",
+        f"echo 'def test_nothing(): pass' > {path}",
+        f"rm -r {Path(path).parent}; ln -s /usr {Path(path).parent}",
+    ):
+        verdict = await grade_with(make, patch_of(changes))
+        assert set(verdict.failed) == set(TASK.fail_to_pass), changes
+        assert set(verdict.passed) == set(TASK.pass_to_pass), changes
+        assert (await grade_with(make, TASK.patch.encode() + patch_of(changes))).resolved
+
+
+async def test_a_symlink_leads_nowhere(make: MakeSandbox) -> None:
+    link = (
+        "diff --git a/out b/out\nnew file mode 120000\n--- /dev/null\n+++ b/out\n@@ -0,0 +1 @@\n+/etc\n"
+        "\\ No newline at end of file\n"
+    )
+    escape = link + new_file("out/passwd", "root")
+    for patch in (
+        escape,
+        new_file("../etc/passwd", "root"),
+        new_file(".git/hooks/post-checkout", "true"),
+    ):
+        verdict = await grade_with(make, TASK.patch + patch)
+        assert (verdict.reward, verdict.resolved) == (0.0, False)
+        assert "doesn't apply" in verdict.reason
+
+
+async def test_a_daemon_of_the_tests_doesnt_hold_the_verdict(make: MakeSandbox) -> None:
+    line = "import subprocess; subprocess.Popen(['sleep', '1000'], start_new_session=True)"
+    fixed = with_first_line(line).decode()
+    assert (await grade_with(make, fixed)).reason.endswith("tests don't pass")
+
+
+async def test_a_patch_of_every_kind_arrives(make: MakeSandbox) -> None:
+    test = (
+        "import os, stat\n"
+        "def test_kinds():\n"
+        "    assert open('bin', 'rb').read() == bytes(range(256))\n"
+        "    assert not os.path.exists('README.md') and open('moved.md').read()\n"
+        "    assert os.stat('run me.sh').st_mode & stat.S_IXUSR\n"
+        "    assert os.readlink('link') == 'bin' and open('new/untracked').read() == 'u'\n"
+    )
+    task = replace(
+        TASK,
+        fail_to_pass=("tests/test_kinds.py::test_kinds",),
+        pass_to_pass=(),
+        test_files={"tests/test_kinds.py": test},
+    )
+    changes = (
+        'python3 -c \'open("bin", "wb").write(bytes(range(256)))\'; mv README.md moved.md;'
+        "mkdir new; printf u > new/untracked; ln -s bin link; echo true > 'run me.sh'; chmod +x 'run me.sh'"
+    )
+    verdict = await grade_with(make, patch_of(changes), task)
+    assert verdict.resolved, verdict.log

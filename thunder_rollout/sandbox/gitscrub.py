@@ -1,0 +1,55 @@
+"""The script that leaves a repository with nothing but its base commit and what led to it.
+
+The git folder is made anew from an allow list: one branch at the base commit, the tags that lie in
+its past (versions are read from them), the objects reachable from it, submodules, and an index that
+matches it. So whatever else might hold the answer is gone: later commits, other branches, remotes,
+reflogs, stashes, notes, configuration, alternates, and objects that nothing refers to, packed or
+loose. Files of the work tree stay as they are.
+
+Packs are rewritten only if they hold an object that has to go; otherwise the cost is that of
+listing the base commit's objects.
+"""
+
+from __future__ import annotations
+
+# $1 = base commit. It ends with an error, and the repository unchanged, where there is none.
+SCRUB_SCRIPT = """
+set -eu
+export GIT_CONFIG_NOSYSTEM=1 GIT_CONFIG_GLOBAL=/dev/null GIT_CONFIG_COUNT=1 LC_ALL=C GIT_NO_REPLACE_OBJECTS=1
+export GIT_CONFIG_KEY_0=safe.directory GIT_CONFIG_VALUE_0='*'
+top=$(git rev-parse --show-toplevel)
+cd "$top"
+base=$(git rev-parse -q --verify "$1^{commit}")
+own=$(git rev-parse --absolute-git-dir)
+common=$(cd "$(git rev-parse --git-common-dir)" && pwd -P)
+new=$(mktemp -d "$top/.git-scrubbed.XXXXXX")
+trap 'rm -rf "$new"' EXIT
+git init -q --bare --template= "$new"
+git --git-dir="$new" config core.bare false
+git for-each-ref --merged="$base" --format='%(refname) %(objectname)' refs/tags > "$new/tags"
+{ echo "$base"; cut -d' ' -f2 "$new/tags"; } | git rev-list --objects --no-object-names --stdin | sort -u > "$new/keep"
+git cat-file --batch-all-objects --batch-check='%(objectname)' | sort -u > "$new/all"
+[ ! -f "$common/shallow" ] || cp "$common/shallow" "$new/shallow"
+if [ ! -f "$common/objects/info/alternates" ] && cmp -s "$new/keep" "$new/all"; then
+    rm -rf "$new/objects"
+    mv "$common/objects" "$new/objects"
+    rm -rf "$new/objects/info"
+else
+    [ -d "$new/objects/pack" ] || mkdir "$new/objects/pack"
+    git pack-objects -q --threads=1 --window=0 --delta-base-offset "$new/objects/pack/pack" < "$new/keep" >/dev/null
+    if [ -f "$common/objects/info/alternates" ]; then
+        (cd "$common/objects" && grep -v '^#' info/alternates | while IFS= read -r other; do rm -rf -- "$other"; done)
+    fi
+fi
+mkdir -p "$new/objects/info"
+[ ! -d "$common/modules" ] || mv "$common/modules" "$new/modules"
+rm -rf "$own" "$common" "$top/.git" "$new/all" "$new/keep"
+mv "$new" "$top/.git"
+while read -r name object; do git update-ref "$name" "$object"; done < .git/tags
+rm .git/tags
+git symbolic-ref HEAD refs/heads/main
+git update-ref refs/heads/main "$base"
+git read-tree "$base"
+git update-index -q --refresh || true
+rm -rf .git/logs
+"""

@@ -1,0 +1,31 @@
+"""The sealed record of a pytest run (see `seal_plugin`), as the grader reads it.
+
+What a test prints or writes can't pass for a verdict: only a record whose HMAC fits the run's own
+secret is read.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+from pathlib import Path
+
+from thunder_rollout.tasks.report import BadReport
+
+PLUGIN = "thunder_seal"
+PLUGIN_SOURCE = Path(__file__).with_name("seal_plugin.py")
+
+
+def unseal(content: bytes, secret: bytes) -> tuple[bytes, frozenset[str]]:
+    """The record, and what of the runner was replaced while it ran. Raises `BadReport`."""
+    seal, _, record = content.partition(b"\n")
+    expected = hmac.new(secret, record, "sha256").hexdigest().encode()
+    if not hmac.compare_digest(seal, expected):
+        raise BadReport("the report isn't sealed by the grader")
+    return record, frozenset(json.loads(record)["altered"])
+
+
+def passed_in_record(record: bytes) -> dict[str, bool]:
+    """Node id to whether it passed."""
+    passed: dict[str, bool] = json.loads(record)["passed"]
+    return passed
