@@ -120,6 +120,16 @@ class Cluster:
             for supervisor in self._supervisors:
                 group.create_task(supervisor.run(), name=f"supervise {supervisor.name}")
 
+    def expect(self, tasks: list[Task]) -> None:
+        """The samples to come, in their order: the sandbox hosts pull and keep images by it."""
+        self._hosts.expect([task.image for task in tasks])
+
+    def sample_started(self, task: Task) -> None:
+        self._hosts.sample_started(task.image)
+
+    def sample_finished(self, task: Task) -> None:
+        self._hosts.sample_finished(task.image)
+
     async def num_sandboxes(self) -> int:
         return await self._hosts.num_running()
 

@@ -117,10 +117,13 @@ async def _run_samples(
                 group.create_task(cluster.supervise(), name="supervise"),
             ]
             samples = []
+            cluster.expect([task for task, _ in work])
             for task, key in work:
                 await slots.acquire()
+                cluster.sample_started(task)
                 sample = group.create_task(_run_sample(config, cluster, session, task, key))
                 sample.add_done_callback(lambda _: slots.release())
+                sample.add_done_callback(lambda _, task=task: cluster.sample_finished(task))
                 samples.append(sample)
             await asyncio.wait(samples)
             for watcher in watchers:

@@ -29,6 +29,15 @@ class SandboxHostActor:
         if self._host is not None:
             await self._host.stop()
 
+    async def expect(self, images: list[str]) -> None:
+        self._started().expect(images)
+
+    async def sample_started(self, image: str) -> None:
+        self._started().sample_started(image)
+
+    async def sample_finished(self, image: str) -> None:
+        self._started().sample_finished(image)
+
     async def prepare(self, program: str, spec: SandboxSpec) -> float:
         return await self._started().prepare(program, spec)
 

@@ -16,11 +16,32 @@ def _require(ok: bool, name: str, value: object, rule: str) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ImagesConfig:
+    """Of one node. `docker_config` is where private registries' credentials lie, so that none is in ours."""
+
+    budget_bytes: int | None = None  # of all images on the engine's disk, room to unpack included; None: no limit
+    max_pulls: int = 2  # at the same time
+    prefetch: int = 2  # of so many tasks to come the images are pulled ahead
+    pull_attempts: int = 5
+    retry_s: float = 1.0  # before the second attempt at a pull; twice as long before each further one
+    docker_config: str | None = None  # as `docker login` writes it; None: the docker command's own
+
+    def __post_init__(self) -> None:
+        budget_bytes = self.budget_bytes
+        _require(budget_bytes is None or budget_bytes > 0, "images.budget_bytes", budget_bytes, "> 0, or null")
+        _require(1 <= self.max_pulls <= 8, "images.max_pulls", self.max_pulls, "1 to 8")
+        _require(self.prefetch >= 0, "images.prefetch", self.prefetch, ">= 0")
+        _require(self.pull_attempts >= 1, "images.pull_attempts", self.pull_attempts, ">= 1")
+        _require(self.retry_s > 0, "images.retry_s", self.retry_s, "> 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SandboxConfig:
     """`auto` is `docker` where an engine answers, else `local`."""
 
     backend: str = "auto"
     limits: SandboxLimits = field(default_factory=SandboxLimits)
+    images: ImagesConfig = field(default_factory=ImagesConfig)
     network: str = "none"  # the only choice: an agent with a network can read the answer
     docker_host: str | None = None  # None: DOCKER_HOST, else the default socket
     max_starts: int = 4  # sandboxes of one node that start at the same time

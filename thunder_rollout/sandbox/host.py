@@ -14,12 +14,13 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from thunder_rollout.errors import SandboxFailed
 from thunder_rollout.sandbox.config import BackendChoice, SandboxConfig, select_backend
+from thunder_rollout.sandbox.image_store import ImageStore
 from thunder_rollout.sandbox.protocol import ExecResult, Sandbox, SandboxSpec
 from thunder_rollout.sandbox.reaper import Reaper, sweep
 
@@ -35,12 +36,15 @@ class HostStats:
     num_started: int  # since the host started
     num_failed: int
     mean_start_s: float
+    images: tuple[str, ...] = ()  # on the node
 
 
 @dataclass(slots=True)
 class _Slot:
     sandbox: Sandbox
-    starting: asyncio.Task[float]
+    image: str
+    has_image: bool = False  # a lease of it, to be given back
+    starting: asyncio.Task[float] = field(init=False)
 
 
 class SandboxHost:
@@ -55,6 +59,7 @@ class SandboxHost:
         self._owner_pid = owner_pid
         self._make = make
         self._choice = BackendChoice(backend="fake", reason="handed in")
+        self._images: ImageStore | None = None
         self._reaper: Reaper | None = None
         self._starts = asyncio.Semaphore(config.max_starts)
         self._slots: dict[str, _Slot] = {}
@@ -65,9 +70,10 @@ class SandboxHost:
         self._stopped = False
 
     async def start(self, images: Sequence[str] = ()) -> BackendChoice:
-        """Choose the backend, have `images` ready, remove what a dead life of this run left.
+        """Choose the backend, build the toy image if it is one of `images`, remove what a dead life of
+        this run left. Other images are pulled when they are needed (see `ImageStore`).
 
-        Raises `ConfigError` if no backend can be had, `SandboxFailed` if an image can't.
+        Raises `ConfigError` if no backend can be had, `SandboxFailed` if the toy image can't.
         """
         if self._make is None:
             self._choice = await asyncio.to_thread(select_backend, self._config)
@@ -78,6 +84,19 @@ class SandboxHost:
             self._reaper = await asyncio.to_thread(self._start_reaper)
             self._make = await self._backend(images)
         return self._choice
+
+    def expect(self, images: Iterable[str]) -> None:
+        """The images of the samples to come, in their order: what to pull ahead and whom to evict."""
+        if self._images is not None:
+            self._images.expect(images)
+
+    def sample_started(self, image: str) -> None:
+        if self._images is not None:
+            self._images.started(image)
+
+    def sample_finished(self, image: str) -> None:
+        if self._images is not None:
+            self._images.finished(image)
 
     async def prepare(self, program: str, spec: SandboxSpec) -> float:
         """Start the program's sandbox unless it is started already; the seconds its start took.
@@ -139,6 +158,7 @@ class SandboxHost:
             num_started=self._num_started,
             num_failed=self._num_failed,
             mean_start_s=self._total_start_s / max(1, self._num_started),
+            images=tuple(self._images.present()) if self._images else (),
         )
 
     async def stop(self) -> None:
@@ -146,6 +166,8 @@ class SandboxHost:
         self._stopped = True
         await asyncio.gather(*(self.release(program) for program in list(self._slots)))
         await asyncio.gather(*self._stops)
+        if self._images is not None:
+            await self._images.stop()
         if self._reaper is not None:
             self._reaper.stop()
             self._reaper = None
@@ -156,34 +178,46 @@ class SandboxHost:
             raise SandboxFailed(f"sandbox: the host of run={self._run} is not running")
         labels = {"run": self._run, "session": self._session, "program": program}
         sandbox = self._make(dataclasses.replace(spec, labels=spec.labels | labels))
-        starting = asyncio.create_task(self._start(program, sandbox), name=f"start-sandbox-{program}")
-        starting.add_done_callback(_retrieve)
-        return _Slot(sandbox, starting)
+        slot = _Slot(sandbox, spec.image)
+        slot.starting = asyncio.create_task(self._start(program, slot), name=f"start-sandbox-{program}")
+        slot.starting.add_done_callback(_retrieve)
+        return slot
 
-    async def _start(self, program: str, sandbox: Sandbox) -> float:
-        async with self._starts:
-            began_s = time.monotonic()
-            try:
-                await sandbox.start()
-            except Exception:
-                self._num_failed += 1
-                self._forget(program, sandbox)
-                raise
+    async def _start(self, program: str, slot: _Slot) -> float:
+        try:
+            if self._images is not None:
+                await self._images.acquire(slot.image)
+                slot.has_image = True
+            async with self._starts:  # not before: a pull must not keep others from starting
+                began_s = time.monotonic()
+                await slot.sandbox.start()
+        except Exception:
+            self._num_failed += 1
+            self._forget(program, slot)
+            raise
         took_s = time.monotonic() - began_s
         self._num_started += 1
         self._total_start_s += took_s
         return took_s
 
-    def _forget(self, program: str, sandbox: Sandbox) -> None:
+    def _forget(self, program: str, slot: _Slot) -> None:
         """So that the program's next attempt starts anew."""
-        slot = self._slots.get(program)
-        if slot is not None and slot.sandbox is sandbox:
+        self._give_image_back(slot)
+        if self._slots.get(program) is slot:
             del self._slots[program]
+
+    def _give_image_back(self, slot: _Slot) -> None:
+        if self._images is not None and slot.has_image:
+            self._images.release(slot.image)
+        slot.has_image = False
 
     async def _take_down(self, slot: _Slot) -> None:
         slot.starting.cancel()
         await asyncio.wait([slot.starting])
-        await slot.sandbox.stop()
+        try:
+            await slot.sandbox.stop()
+        finally:
+            self._give_image_back(slot)
 
     def _of(self, program: str) -> Sandbox:
         slot = self._slots.get(program)
@@ -217,11 +251,16 @@ class SandboxHost:
             return lambda spec: LocalSandbox(spec, start_timeout_s=start_timeout_s)
         from thunder_rollout.sandbox.docker import DockerSandbox
         from thunder_rollout.sandbox.docker_engine import DockerEngine
-        from thunder_rollout.sandbox.images import ensure_image
+        from thunder_rollout.sandbox.docker_images import DockerImageEngine
+        from thunder_rollout.sandbox.images import TOY_IMAGE
 
         engine = DockerEngine(self._config.docker_host)
-        for image in dict.fromkeys(images):
-            await asyncio.to_thread(ensure_image, engine.client, image)
+        image_engine = await asyncio.to_thread(DockerImageEngine, engine, self._config.images.docker_config)
+        self._images = ImageStore(image_engine, self._config.images)
+        await self._images.start()
+        if TOY_IMAGE in images:
+            async with self._images.lease(TOY_IMAGE):
+                pass  # it is built by now
         return lambda spec: DockerSandbox(spec, engine, start_timeout_s=start_timeout_s)
 
 

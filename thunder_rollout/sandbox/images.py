@@ -45,34 +45,6 @@ class AptSource:
     suite: str
 
 
-def ensure_image(client: docker.DockerClient, image: str) -> None:
-    """Have `image` on the engine: there already, built (the toy image) or pulled. Blocking.
-
-    Raises `SandboxFailed` with the remedy.
-    """
-    from docker.errors import APIError, ImageNotFound
-
-    if image == TOY_IMAGE:
-        ensure_toy_image(client)
-        return
-    try:
-        client.images.get(image)
-    except ImageNotFound:
-        logger.info("image=%s: pulling", image)
-        try:
-            client.images.pull(*_split_tag(image))
-        except APIError as error:
-            raise SandboxFailed(
-                f"image: the Docker engine has no {image!r} and can't pull it ({error.explanation}); correct the "
-                "task's image name, or build or load the image first"
-            ) from error
-
-
-def _split_tag(image: str) -> tuple[str, str]:
-    repository, colon, tag = image.rpartition(":")
-    return (repository, tag) if colon and "/" not in tag else (image, "latest")
-
-
 def ensure_toy_image(client: docker.DockerClient, tag: str = TOY_IMAGE) -> str:
     """Return `tag`, building the image first if the engine has none. Blocking; minutes at first.
 

@@ -28,6 +28,16 @@ class RemoteSandboxHost:
     async def stop(self) -> None:
         await _call(self._handle.stop.remote())
 
+    def expect(self, images: list[str]) -> None:
+        """See `SandboxHost.expect`. This and the next two are hints: nobody waits for them."""
+        self._handle.expect.remote(images)
+
+    def sample_started(self, image: str) -> None:
+        self._handle.sample_started.remote(image)
+
+    def sample_finished(self, image: str) -> None:
+        self._handle.sample_finished.remote(image)
+
     async def prepare(self, program: str, spec: SandboxSpec) -> float:
         took_s: float = await _call(self._handle.prepare.remote(program, spec))
         return took_s
@@ -66,6 +76,18 @@ class RemoteSandboxHosts:
 
     async def stop(self) -> None:
         await asyncio.gather(*(host.stop() for host in self._hosts))
+
+    def expect(self, images: list[str]) -> None:
+        for host in self._hosts:
+            host.expect(images)
+
+    def sample_started(self, image: str) -> None:
+        for host in self._hosts:
+            host.sample_started(image)
+
+    def sample_finished(self, image: str) -> None:
+        for host in self._hosts:
+            host.sample_finished(image)
 
     async def prepare(self, program: str, spec: SandboxSpec) -> float:
         return await self._host(program).prepare(program, spec)

@@ -42,9 +42,20 @@ class ScriptedCluster:
     broken: ThunderError | None = None
     sandbox_backend: str = "fake"
     calls: list[tuple[int, int]] = field(default_factory=list)
+    expected: list[str] = field(default_factory=list)
+    under_way: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.scheduler = Scheduler(self.broken)
+
+    def expect(self, tasks: list[Task]) -> None:
+        self.expected = [task.instance_id for task in tasks]
+
+    def sample_started(self, task: Task) -> None:
+        self.under_way.append(task.instance_id)
+
+    def sample_finished(self, task: Task) -> None:
+        self.under_way.remove(task.instance_id)
 
     async def run_sample(self, task: Task, key: SampleKey, attempt: int) -> SampleOutcome:
         self.calls.append((key.sample, attempt))
