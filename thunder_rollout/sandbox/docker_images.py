@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import requests
@@ -11,7 +14,7 @@ from docker.errors import APIError, ImageNotFound
 
 from thunder_rollout.errors import SandboxFailed
 from thunder_rollout.sandbox.docker_engine import DockerEngine
-from thunder_rollout.sandbox.image_cache import Image, Layer, disk_bytes, layer_keys
+from thunder_rollout.sandbox.image_cache import LAYER_BYTES, Image, Layer, disk_bytes, layer_keys
 from thunder_rollout.sandbox.image_engine import (
     FoundImage,
     ImageInUse,
@@ -25,7 +28,9 @@ from thunder_rollout.sandbox.registry import Credentials, Registry, registry_of
 
 # In an engine's words: another try would end the same way.
 _PERMANENT = ("not found", "manifest unknown", "does not exist", "denied", "unauthorized", "authentication required",
-              "invalid reference", "no space left", "no matching manifest", "not supported")  # fmt: skip
+              "no basic auth credentials", "invalid reference", "no space left", "no matching manifest",
+              "not supported")  # fmt: skip
+_FILE_LIST_SHARE = 1.02  # an engine keeps the list of a layer's files beside it
 
 
 class DockerImageEngine:
@@ -35,6 +40,7 @@ class DockerImageEngine:
         """Blocking. Raises `ConfigError` if the credentials in `docker_config` can't be read."""
         self._api = engine.client.api
         self._client = engine.client
+        self._on_disk: dict[str, int] = {}  # layers measured, by key
         self._credentials = Credentials(docker_config)
         info = self._api.info()
         indexes: dict[str, dict[str, Any]] = (info.get("RegistryConfig") or {}).get("IndexConfigs") or {}
@@ -59,12 +65,23 @@ class DockerImageEngine:
                 history = self._api.history(name)
             except ImageNotFound:
                 return None
-        sizes = [entry["Size"] for entry in reversed(history) if entry["Size"]]
         keys = layer_keys(attributes["RootFS"].get("Layers") or [])
-        # Of layers that hold nothing the history doesn't say which they are: they are counted as the upper ones.
-        sizes += [0] * (len(keys) - len(sizes))
-        layers = [self._layer(key, size, disk_bytes(size)) for key, size in zip(keys, sizes, strict=False)]
+        sizes = self._measured(keys, attributes["GraphDriver"]) or _told(history, len(keys))
+        layers = [self._layer(key, size, size) for key, size in zip(keys, sizes, strict=False)]
         return FoundImage(image=Image(name=name, layers=tuple(layers)), fixed=not attributes["RepoDigests"])
+
+    def _measured(self, keys: list[str], driver: dict[str, Any]) -> list[int]:
+        """What each layer takes where the engine's data are ours to read; [] elsewhere."""
+        data = driver.get("Data") or {}
+        folders = [
+            Path(path) for path in (*reversed((data.get("LowerDir") or "").split(":")), data.get("UpperDir")) if path
+        ]
+        if len(folders) != len(keys) or not all(os.access(folder, os.R_OK | os.X_OK) for folder in folders):
+            return []
+        for key, folder in zip(keys, folders, strict=True):
+            if key not in self._on_disk:
+                self._on_disk[key] = int(blocks_bytes(folder) * _FILE_LIST_SHARE) + LAYER_BYTES
+        return [self._on_disk[key] for key in keys]
 
     def describe(self, name: str) -> Image:
         if name == canonical_name(TOY_IMAGE):
@@ -107,6 +124,23 @@ class DockerImageEngine:
     def _layer(self, key: str, pull_bytes: int, unpacked_bytes: int) -> Layer:
         kept_bytes = pull_bytes if self._keeps_packed else 0
         return Layer(key=key, pull_bytes=pull_bytes, disk_bytes=unpacked_bytes + kept_bytes)
+
+
+def _told(history: list[dict[str, Any]], num_layers: int) -> list[int]:
+    """The layers' sizes as the engine knows them: their files' bytes. Which layers hold nothing it
+    doesn't say; they are taken for the upper ones."""
+    sizes = [disk_bytes(entry["Size"]) for entry in reversed(history) if entry["Size"]]
+    return sizes + [LAYER_BYTES] * (num_layers - len(sizes))
+
+
+def blocks_bytes(folder: Path) -> int:
+    """What a folder and all in it take on the disk; what vanishes meanwhile takes nothing."""
+    total = 0
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            with contextlib.suppress(FileNotFoundError):
+                total += os.lstat(os.path.join(parent, name)).st_blocks * 512
+    return total
 
 
 @contextmanager
