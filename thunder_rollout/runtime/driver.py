@@ -120,10 +120,8 @@ async def _run_samples(
             cluster.expect([task for task, _ in work])
             for task, key in work:
                 await slots.acquire()
-                cluster.sample_started(task)
                 sample = group.create_task(_run_sample(config, cluster, session, task, key))
                 sample.add_done_callback(lambda _: slots.release())
-                sample.add_done_callback(lambda _, task=task: cluster.sample_finished(task))
                 samples.append(sample)
             await asyncio.wait(samples)
             for watcher in watchers:
@@ -135,6 +133,7 @@ async def _run_samples(
 async def _run_sample(config: RolloutConfig, cluster: Cluster, session: _Session, task: Task, key: SampleKey) -> None:
     counts = session.counts
     counts.running += 1
+    cluster.sample_started(task)
     try:
         for attempt in range(config.rollout.max_attempts):
             try:
@@ -154,6 +153,7 @@ async def _run_sample(config: RolloutConfig, cluster: Cluster, session: _Session
         cluster.store.write_failure(key, last.kind, str(last))
     finally:
         counts.running -= 1
+        cluster.sample_finished(task)
 
 
 async def _watch(config: RolloutConfig, cluster: Cluster, session: _Session, wandb: WandbRun) -> None:

@@ -95,6 +95,8 @@ async def test_an_interrupted_sample_is_tried_again(play):
     assert session.counts.done == session.counts.resolved == 2
     assert sorted(cluster.calls) == [(0, 0), (0, 1), (0, 2), (1, 0)]
     assert not session.failures
+    assert cluster.expected == ["t", "t"]
+    assert not cluster.under_way, "every sample that started was reported finished"
 
 
 async def test_a_sample_that_keeps_failing_is_counted_by_kind_and_written_down(play, tmp_path):
