@@ -115,8 +115,9 @@ class Cluster:
             raise
 
     async def supervise(self) -> None:
-        """Watch the engines until cancelled."""
+        """Watch the engines, and tell the sandbox hosts that we live, until cancelled."""
         async with task_group() as group:
+            group.create_task(self._hosts.keep_alive(), name="keep sandboxes alive")
             for supervisor in self._supervisors:
                 group.create_task(supervisor.run(), name=f"supervise {supervisor.name}")
 

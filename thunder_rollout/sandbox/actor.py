@@ -60,6 +60,10 @@ class SandboxHostActor:
     async def diff(self, program: str, base_commit: str) -> bytes:
         return await self._started().diff(program, base_commit)
 
+    async def heartbeat(self) -> None:
+        if self._host is not None:
+            self._host.heartbeat()
+
     async def clear(self, program: str) -> None:
         await self._started().clear(program)
 
@@ -75,7 +79,8 @@ def create_sandbox_host(
     config: SandboxConfig, *, run: str, owner_pid: int | None = None, node_id: str | None = None
 ) -> Any:
     """Start the host of a node (the caller's by default). The sandboxes go when the process
-    `owner_pid`, which must be on that node, does, or the actor itself."""
+    `owner_pid`, which must be on that node, does, or the actor itself; without one, when heartbeats
+    stop."""
     node = NodeAffinitySchedulingStrategy(node_id or ray.get_runtime_context().get_node_id(), soft=False)
     cls = ray.remote(num_cpus=0, max_concurrency=MAX_CONCURRENCY, scheduling_strategy=node)(SandboxHostActor)
     return cls.remote(config, run, owner_pid)

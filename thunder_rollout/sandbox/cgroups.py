@@ -57,18 +57,18 @@ def create(run: str, name: str, limits: SandboxLimits, root: Path = Path("/sys/f
     return cgroup
 
 
-def sweep(run: str, is_ours: Callable[[str], bool], root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Kill and remove the groups of `run` whose session `is_ours` accepts; how many sandboxes had
+def sweep(run: str | None, is_ours: Callable[[str], bool], root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Kill and remove the groups of `run` (None: of any) whose session `is_ours` accepts; how many sandboxes had
     one. Blocking, bounded."""
     names: set[str] = set()
     for base in _hierarchies(root):
-        top = base / _PARENT / safe_name(run)
-        for folder in top.glob("*/"):
-            if is_ours(folder.name.partition("-")[0]):
-                names.add(folder.name)
-                _remove_patiently(folder)
-        with contextlib.suppress(OSError):  # another session's groups are still in it
-            top.rmdir()
+        for top in (base / _PARENT).glob(f"{safe_name(run) if run else '*'}/"):
+            for folder in top.glob("*/"):
+                if is_ours(folder.name.partition("-")[0]):
+                    names.add(folder.name)
+                    _remove_patiently(folder)
+            with contextlib.suppress(OSError):  # another session's groups are still in it
+                top.rmdir()
     return len(names)
 
 

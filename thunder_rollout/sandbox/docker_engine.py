@@ -13,6 +13,7 @@ import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import docker
@@ -141,26 +142,41 @@ class AttachedStream:
             response.close()
 
 
-def sweep_docker(docker_host: str | None, run: str, is_ours: Callable[[str], bool]) -> int:
-    """Remove the containers of `run` whose session `is_ours` accepts, with their volumes; how
-    many. Blocking."""
+def sweep_docker(docker_host: str | None, run: str | None, is_ours: Callable[[str], bool]) -> int:
+    """Remove the containers of `run` (None: of any) whose session `is_ours` accepts, with their
+    anonymous volumes, then volumes and networks that bear such labels; how many in all. Blocking."""
     engine = DockerEngine(docker_host)
+    api = engine.client.api
+    filters = {"label": f"{RUN_LABEL}={run}" if run else SESSION_LABEL}
+
+    def dead(found: list[dict[str, Any]] | None, key: str) -> list[str]:
+        return [one[key] for one in found or [] if is_ours((one["Labels"] or {}).get(SESSION_LABEL, ""))]
+
     try:
-        found = engine.client.api.containers(all=True, filters={"label": f"{RUN_LABEL}={run}"})
-        dead = [container["Id"] for container in found if is_ours(container["Labels"].get(SESSION_LABEL, ""))]
-        for container_id in dead:
-            remove_container(engine, container_id)
-        return len(dead)
+        containers = dead(api.containers(all=True, filters=filters), "Id")
+        for container in containers:
+            remove_container(engine, container)
+        volumes = dead(api.volumes(filters=filters)["Volumes"], "Name")
+        for volume in volumes:
+            _unless_gone(partial(api.remove_volume, volume, force=True))
+        networks = dead(api.networks(filters=filters), "Id")
+        for network in networks:
+            _unless_gone(partial(api.remove_network, network))
+        return len(containers) + len(volumes) + len(networks)
     finally:
         engine.close()
 
 
 def remove_container(engine: DockerEngine, container_id: str) -> None:
     """Idempotent. Blocking."""
+    _unless_gone(partial(engine.client.api.remove_container, container_id, v=True, force=True))
+
+
+def _unless_gone(remove: Callable[[], None]) -> None:
     try:
-        engine.client.api.remove_container(container_id, v=True, force=True)
+        remove()
     except NotFound:
         return
     except APIError as error:
-        if error.status_code != 409:  # 409: its removal is already under way
+        if error.status_code != 409:  # 409: its removal is already under way, or it is still in use by what goes
             raise

@@ -2,8 +2,9 @@
 
 Invariants: a program has at most one sandbox; starts are bounded by `max_starts`; `release` takes
 a sandbox down whatever it was doing, and is idempotent; after `stop`, nothing of this session is
-left. The session (one life of one host) tells our sandboxes from those of an earlier life of the
-same run, which `start` sweeps away.
+left. The session (one life of one host) tells our sandboxes from those of hosts that have died,
+which `start` sweeps away, whatever run they were of. A reaper stands by for the case that this
+process or the driver dies, and is replaced if it dies itself.
 """
 
 from __future__ import annotations
@@ -17,14 +18,19 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from thunder_rollout.errors import SandboxFailed
 from thunder_rollout.sandbox.config import BackendChoice, SandboxConfig, select_backend
 from thunder_rollout.sandbox.image_store import ImageStore
 from thunder_rollout.sandbox.protocol import ExecResult, Sandbox, SandboxSpec
-from thunder_rollout.sandbox.reaper import Reaper, sweep
+from thunder_rollout.sandbox.reaper import Reaper, sweep, sweep_leftovers
+from thunder_rollout.sandbox.session import new_session
 
 logger = logging.getLogger(__name__)
+
+LOST_AFTER_S = 10.0  # without a heartbeat, a driver on another node counts as dead
+_WATCH_EVERY_S = 2.0
 
 MakeSandbox = Callable[[SandboxSpec], Sandbox]
 
@@ -55,12 +61,13 @@ class SandboxHost:
     ) -> None:
         self._config = config
         self._run = run
-        self._session = uuid.uuid4().hex
+        self._session = new_session()
         self._owner_pid = owner_pid
         self._make = make
         self._choice = BackendChoice(backend="fake", reason="handed in")
         self._images: ImageStore | None = None
         self._reaper: Reaper | None = None
+        self._reaper_watch: asyncio.Task[None] | None = None
         self._starts = asyncio.Semaphore(config.max_starts)
         self._slots: dict[str, _Slot] = {}
         self._stops: set[asyncio.Task[None]] = set()
@@ -78,10 +85,11 @@ class SandboxHost:
         if self._make is None:
             self._choice = await asyncio.to_thread(select_backend, self._config)
             logger.info("sandbox backend=%s: %s", self._choice.backend, self._choice.reason)
-            num_swept = await asyncio.to_thread(self._sweep)
+            num_swept = await asyncio.to_thread(sweep_leftovers, self._run, **self._engine())
             if num_swept:
-                logger.info("run=%s: removed %d sandboxes of an earlier life", self._run, num_swept)
+                logger.info("run=%s: removed %d leftovers of hosts that died", self._run, num_swept)
             self._reaper = await asyncio.to_thread(self._start_reaper)
+            self._reaper_watch = asyncio.create_task(self._watch_reaper(), name="watch-reaper")
             self._make = await self._backend(images)
         return self._choice
 
@@ -168,10 +176,19 @@ class SandboxHost:
         await asyncio.gather(*self._stops)
         if self._images is not None:
             await self._images.stop()
+        if self._reaper_watch is not None:
+            self._reaper_watch.cancel()
+            await asyncio.gather(self._reaper_watch, return_exceptions=True)
         if self._reaper is not None:
             self._reaper.stop()
             self._reaper = None
-            await asyncio.to_thread(self._sweep, self._session)
+            own = self._session
+            await asyncio.to_thread(sweep, self._run, is_ours=lambda session: session == own, **self._engine())
+
+    def heartbeat(self) -> None:
+        """To be called every few seconds on behalf of a driver on another node."""
+        if self._reaper is not None:
+            self._reaper.beat()
 
     def _new_slot(self, program: str, spec: SandboxSpec) -> _Slot:
         if self._make is None or self._stopped:
@@ -225,23 +242,25 @@ class SandboxHost:
             raise SandboxFailed(f"sandbox: program={program} has none that is ready; acquire it first")
         return slot.sandbox
 
-    def _sweep(self, session: str = "") -> int:
-        return sweep(
-            self._run,
-            backend=self._choice.backend,
-            docker_host=self._config.docker_host,
-            session=session,
-            keep=self._session,
-        )
+    def _engine(self) -> dict[str, Any]:
+        return {"backend": self._choice.backend, "docker_host": self._config.docker_host}
 
     def _start_reaper(self) -> Reaper:
         return Reaper(
             run=self._run,
             session=self._session,
-            backend=self._choice.backend,
-            docker_host=self._config.docker_host,
             pids=[os.getpid(), *([self._owner_pid] if self._owner_pid else [])],
+            lost_after_s=None if self._owner_pid else LOST_AFTER_S,
+            **self._engine(),
         )
+
+    async def _watch_reaper(self) -> None:
+        while self._reaper is not None:
+            await asyncio.sleep(_WATCH_EVERY_S)
+            if not self._reaper.is_running():
+                logger.warning("run=%s: the reaper is gone; starting another", self._run)
+                self._reaper.stop()
+                self._reaper = await asyncio.to_thread(self._start_reaper)
 
     async def _backend(self, images: Sequence[str]) -> MakeSandbox:
         start_timeout_s = self._config.start_timeout_s

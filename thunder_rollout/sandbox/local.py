@@ -34,6 +34,7 @@ from thunder_rollout.sandbox.shell import Exit, ShellSandbox
 
 logger = logging.getLogger(__name__)
 
+_MARKER = "thunder-sandbox:"
 _CHUNK_BYTES = 65_536  # also what a Linux pipe holds
 _PF_EXITING = 0x4  # linux/sched.h, the flags of /proc/<pid>/stat
 _KILL_EVERY_S = 0.2
@@ -223,14 +224,14 @@ def local_unavailable() -> str | None:
     return None
 
 
-def sweep_local(run: str, is_ours: Callable[[str], bool]) -> int:
-    """Kill what is left on this host of the local sandboxes of `run` whose session `is_ours`
+def sweep_local(run: str | None, is_ours: Callable[[str], bool]) -> int:
+    """Kill what is left on this host of the local sandboxes of `run` (None: of any) whose session `is_ours`
     accepts; about how many. Blocking, bounded."""
-    prefix = _marker(run, "")
+    prefix = _marker(run, "") if run else _MARKER
     found = 0
     for entry in os.listdir("/proc"):
         if entry.isdigit() and any(
-            part.startswith(prefix) and is_ours(part.removeprefix(prefix)) for part in _command_line(entry)
+            part.startswith(prefix) and is_ours(part.rpartition(":")[2]) for part in _command_line(entry)
         ):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(int(entry), signal.SIGKILL)
@@ -240,7 +241,7 @@ def sweep_local(run: str, is_ours: Callable[[str], bool]) -> int:
 
 def _marker(run: str, session: str) -> str:
     """Stands in the command lines of a local sandbox's first processes, for `sweep_local`."""
-    return f"thunder-sandbox:{cgroups.safe_name(run)}:{session and cgroups.safe_name(session)}"
+    return f"{_MARKER}{cgroups.safe_name(run)}:{session and cgroups.safe_name(session)}"
 
 
 def _is_alive(pid: int) -> bool:

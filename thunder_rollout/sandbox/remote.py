@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,8 @@ from thunder_rollout.remote import remote_call
 from thunder_rollout.sandbox.config import BackendChoice
 from thunder_rollout.sandbox.host import HostStats
 from thunder_rollout.sandbox.protocol import ExecResult, SandboxSpec
+
+HEARTBEAT_S = 2.0
 
 
 class RemoteSandboxHost:
@@ -51,6 +54,13 @@ class RemoteSandboxHost:
 
     async def num_running(self) -> int:
         return (await self.stats()).num_running
+
+    async def keep_alive(self) -> None:
+        """Tell the host that the driver lives, until cancelled or the host is dead."""
+        with contextlib.suppress(SandboxFailed):
+            while True:
+                await _call(self._handle.heartbeat.remote())
+                await asyncio.sleep(HEARTBEAT_S)
 
     def sandbox(self, program: str, spec: SandboxSpec) -> RemoteSandbox:
         return RemoteSandbox(self._handle, program, spec)
@@ -94,6 +104,9 @@ class RemoteSandboxHosts:
 
     async def release(self, program: str) -> None:
         await self._host(program).release(program)
+
+    async def keep_alive(self) -> None:
+        await asyncio.gather(*(host.keep_alive() for host in self._hosts))
 
     async def num_running(self) -> int:
         return sum(await asyncio.gather(*(host.num_running() for host in self._hosts)))

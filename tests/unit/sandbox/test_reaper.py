@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ from thunder_rollout.sandbox.config import SandboxConfig
 from thunder_rollout.sandbox.host import SandboxHost
 from thunder_rollout.sandbox.local import LocalSandbox, local_unavailable
 from thunder_rollout.sandbox.protocol import SandboxSpec
+from thunder_rollout.sandbox.session import new_session
 
 pytestmark = pytest.mark.slow
 
@@ -24,10 +27,29 @@ needs_local = pytest.mark.skipif(bool(local_unavailable()), reason=local_unavail
 def test_waiting_ends_with_the_first_process() -> None:
     short = subprocess.Popen(["sleep", "0.2"])
     began_s = time.monotonic()
-    reaper.wait_for_any([os.getpid(), short.pid])
+    reaper.wait_for_end([os.getpid(), short.pid])
     assert 0.1 < time.monotonic() - began_s < 5
     short.wait()
-    reaper.wait_for_any([short.pid, os.getpid()])
+    reaper.wait_for_end([short.pid, os.getpid()])
+
+
+def test_waiting_ends_when_heartbeats_stop_and_not_before_the_first() -> None:
+    beats, sender = os.pipe()
+    waiting = threading.Thread(
+        target=reaper.wait_for_end, args=([os.getpid()],), kwargs={"beats": beats, "lost_after_s": 0.5}
+    )
+    waiting.start()
+    time.sleep(0.8)
+    for _ in range(5):
+        assert waiting.is_alive()
+        os.write(sender, b".")
+        time.sleep(0.2)
+    assert waiting.is_alive()
+    waiting.join(5)
+    assert not waiting.is_alive()
+    os.close(sender)
+    reaper.wait_for_end([os.getpid()], beats=beats, lost_after_s=100)
+    os.close(beats)
 
 
 @needs_local
@@ -67,6 +89,7 @@ import asyncio, sys
 from thunder_rollout.sandbox.config import SandboxConfig
 from thunder_rollout.sandbox.host import SandboxHost
 from thunder_rollout.sandbox.protocol import SandboxSpec
+from thunder_rollout.sandbox.session import new_session
 
 async def main():
     host = SandboxHost(SandboxConfig(backend="local"), run=sys.argv[1])
@@ -114,3 +137,41 @@ async def test_a_host_sweeps_the_earlier_life_of_its_run() -> None:
     finally:
         await host.stop()
         await left.stop()
+
+
+@needs_local
+async def test_a_host_sweeps_what_any_dead_host_left_and_nothing_of_a_living_one() -> None:
+    gone = await asyncio.create_subprocess_exec("sleep", "1000")
+    over, alive = new_session(gone.pid), new_session()
+    gone.kill()
+    await gone.wait()
+    dead, living = (
+        LocalSandbox(SandboxSpec(image="", labels={"run": f"test-{session}", "session": session}))
+        for session in (over, alive)
+    )
+    await asyncio.gather(dead.start(), living.start())
+    host = SandboxHost(SandboxConfig(backend="local"), run=f"test-other-{os.getpid()}")
+    try:
+        await host.start()
+        assert dead._process is not None
+        await asyncio.wait_for(dead._process.wait(), 5)
+        assert (await living.exec("echo on", timeout_s=10)).output == "on\n"
+    finally:
+        await host.stop()
+        await asyncio.gather(dead.stop(), living.stop())
+        reaper.sweep(f"test-{alive}", backend="local", docker_host=None)
+
+
+@needs_local
+async def test_a_reaper_that_is_killed_is_replaced() -> None:
+    host = SandboxHost(SandboxConfig(backend="local"), run=f"test-replaced-{os.getpid()}")
+    try:
+        await host.start()
+        assert host._reaper is not None
+        first = host._reaper.pid
+        os.kill(first, signal.SIGKILL)
+        await asyncio.to_thread(wait_until, lambda: host._reaper is not None and host._reaper.pid != first)
+        assert host._reaper.is_running()
+        host.heartbeat()
+    finally:
+        await host.stop()
