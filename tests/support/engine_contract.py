@@ -25,6 +25,7 @@ CONFIG = EngineConfig(
     max_num_seqs=16,
     max_num_batched_tokens=256,
     enforce_eager=True,
+    release_on_pause=True,
 )
 GREEDY = Sampling(max_tokens=20, temperature=0.0, ignore_eos=True)
 
@@ -100,6 +101,32 @@ async def test_a_forked_history_shares_its_prefix(engine: Engine) -> None:
     await run(engine, prompt)
     fork = [*prompt[:200], *new_prompt(100)]
     assert (await run(engine, fork)).cached_tokens == 192
+
+
+async def test_what_a_released_program_left_goes_first(engine: Engine) -> None:
+    await settled(engine)
+    await engine.reset_prefix_cache()
+    older, released = new_prompt(800), new_prompt(800)
+    for name, prompt in (("older", older), ("released", released)):
+        await engine.generate(replace(new_request(prompt), program=name))
+    await run(engine, new_prompt(1900))
+    await engine.generate(replace(new_request(new_prompt(900)), program="next", released=("released", "nobody")))
+    assert (await run(engine, older)).cached_tokens == 768, "LRU would have taken of this one"
+    assert 0 < (await run(engine, released)).cached_tokens <= 480, "ten blocks of its tail"
+
+
+async def test_what_others_share_outlives_a_release(engine: Engine) -> None:
+    await settled(engine)
+    await engine.reset_prefix_cache()
+    prefix = new_prompt(640)
+    prompts = {name: [*prefix, *new_prompt(320)] for name in ("stays", "goes")}
+    for name, prompt in prompts.items():
+        await engine.generate(replace(new_request(prompt), program=name))
+    await run(engine, new_prompt(1900))
+    await run(engine, new_prompt(300))
+    await engine.generate(replace(new_request(new_prompt(900)), released=("goes",)))
+    assert (await run(engine, prompts["stays"])).cached_tokens == 928
+    assert 640 <= (await run(engine, prompts["goes"])).cached_tokens <= 672
 
 
 async def test_reset_forgets_the_cache(engine: Engine) -> None:

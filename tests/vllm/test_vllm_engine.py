@@ -6,6 +6,8 @@ import asyncio
 import random
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -13,10 +15,11 @@ import pytest_asyncio
 from tests.support.engine_contract import *  # noqa: F403
 from tests.support.engine_contract import CONFIG, VOCAB_SIZE, new_prompt, new_request, run, settled
 from thunder_rollout.engine.fake import FakeEngine
-from thunder_rollout.engine.protocol import Engine, EngineInfo
+from thunder_rollout.engine.protocol import Engine, EngineInfo, GenerateRequest
 from thunder_rollout.engine.random_model import write_preset
 from thunder_rollout.engine.vllm import VllmEngine, _engine_arguments
 from thunder_rollout.engine.vllm_offload import offload_tokens
+from thunder_rollout.engine.vllm_release import make_releasing
 from thunder_rollout.errors import ConfigError
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -52,23 +55,29 @@ async def test_it_holds_what_it_says(engine: Engine) -> None:
 
 async def test_the_fake_agrees_on_every_hit(engine: Engine) -> None:
     """Programs take turns on a pool too small for all; the same turns, in the same order, hit the
-    same tokens in both engines."""
+    same tokens in both engines, also where programs are released between their turns."""
     rng = random.Random(0)
     programs = [new_prompt(rng.randrange(20, 300)) for _ in range(8)]
     await settled(engine)
     await engine.reset_prefix_cache()
-    turns: list[tuple[list[int], list[int], int]] = []
+    turns: list[tuple[GenerateRequest, list[int], int]] = []
     for _ in range(60):
-        context = rng.choice(programs)
+        number = rng.randrange(len(programs))
+        context = programs[number]
         if len(context) > 1200:
             del context[rng.randrange(100, 1000) :]  # a program may edit its history
-        generation = await run(engine, context, max_tokens=rng.randrange(1, 60))
-        turns.append((list(context), generation.token_ids, generation.cached_tokens))
+        request = replace(
+            new_request(list(context), max_tokens=rng.randrange(1, 60)),
+            program=f"p{number}",
+            released=tuple(f"p{other}" for other in rng.sample(range(len(programs)), 2) if rng.random() < 0.5),
+        )
+        generation = await engine.generate(request)
+        turns.append((request, generation.token_ids, generation.cached_tokens))
         context += [*generation.token_ids, *rng.choices(range(VOCAB_SIZE), k=rng.randrange(1, 150))]
     outputs = iter([output for _, output, _ in turns])
     fake = FakeEngine(CONFIG, script=lambda prompt_ids, sampling: next(outputs), vocab_size=VOCAB_SIZE)
     await fake.start()
-    hits = [(await run(fake, prompt, max_tokens=60)).cached_tokens for prompt, _, _ in turns]
+    hits = [(await fake.generate(request)).cached_tokens for request, _, _ in turns]
     await fake.stop()
     assert hits == [cached for _, _, cached in turns]
     assert 0 in hits
@@ -86,6 +95,27 @@ async def test_another_engine_argument_is_refused_by_name(engine: VllmEngine) ->
         with pytest.raises(ConfigError, match=message):
             await other.start()
         await other.stop()
+
+
+async def test_an_untried_vllm_keeps_its_scheduler(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import vllm
+    from vllm.config import SchedulerConfig
+
+    def scheduler(version: str, **fields: Any) -> Any:
+        monkeypatch.setattr(vllm, "__version__", version)
+        made = SimpleNamespace(scheduler_config=SchedulerConfig.default_factory(**fields))
+        make_releasing(made)
+        return made.scheduler_config.scheduler_cls
+
+    assert scheduler("0.28.0", async_scheduling=False).__name__ == "ReleasingScheduler"
+    assert scheduler("0.28.1", async_scheduling=True).__name__ == "ReleasingAsyncScheduler"
+    assert "release_on_pause" not in caplog.text
+    assert scheduler("0.29.0") is None
+    assert "engine.release_on_pause=true: not tried with vLLM 0.29.0" in caplog.text
+    with pytest.raises(ConfigError, match=r"engine\.extra\.scheduler_cls: .*give one of the two"):
+        scheduler("0.28.0", scheduler_cls="some.Scheduler")
 
 
 async def test_offload_to_host_memory_is_composed(engine: VllmEngine, started: tuple[VllmEngine, EngineInfo]) -> None:

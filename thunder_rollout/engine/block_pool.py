@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice, takewhile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +87,17 @@ class BlockPool:
             self._free[block] = None
             if self._hash_of[block] is None:
                 self._free.move_to_end(block, last=False)
+
+    def first_empty(self, limit: int) -> list[int]:
+        """The free blocks without content that will be taken before any other, at most `limit`."""
+        return list(islice(takewhile(lambda block: self._hash_of[block] is None, self._free), limit))
+
+    def demote(self, hashes: Sequence[int], *, behind: Sequence[int] = ()) -> None:
+        """Of each of these hashes, a block that nobody holds is taken next, in this order, but for the
+        first of the free blocks, `behind`."""
+        blocks = [next(iter(self._by_hash[block_hash])) for block_hash in hashes if block_hash in self._by_hash]
+        for block in reversed([*behind, *(block for block in blocks if self._counts[block] == 0)]):
+            self._free.move_to_end(block, last=False)
 
     def forget_free(self) -> None:
         """Drop the hash of every block that nobody holds."""

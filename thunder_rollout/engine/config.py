@@ -47,6 +47,7 @@ class EngineConfig:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     enable_prefix_caching: bool = True
+    release_on_pause: bool = False  # what paused and ended programs left in the cache goes first, before LRU
     enforce_eager: bool = False
     logprobs_mode: str = "raw_logprobs"
     seed: int = 0

@@ -67,6 +67,7 @@ class FakeEngine:
             seeds=config.device != "cpu",
         )
         self._name = config.model
+        self._releases = config.release_on_pause
         self._script = script
         self._model = EngineModel(self._shape, timing or EngineTiming())
         self._pending: dict[str, _Pending] = {}
@@ -105,7 +106,9 @@ class FakeEngine:
             queued_at_s=_now_s(),
         )
         self._pending[request.request_id] = pending
-        self._model.add(request.request_id, prompt_ids)
+        for program in request.released:
+            self._model.release(program)
+        self._model.add(request.request_id, prompt_ids, request.program if self._releases else None)
         self._work.set()
         try:
             return await pending.done

@@ -8,7 +8,8 @@ Continuous batching with chunked prefill and prefix caching, as vLLM's scheduler
 - the last token of a context is always computed, so a full hit stops one token short;
 - where a running turn finds no block, the youngest running turn is preempted: it gives up all its
   blocks, goes to the head of the queue and is computed again (from the cache, if still there);
-- a block can be hit from the moment its tokens are scheduled.
+- a block can be hit from the moment its tokens are scheduled;
+- what a released program alone has in the cache goes first (`engine.vllm_scheduler`).
 
 Pure: no clock, no I/O, no randomness. `begin_step` says what runs and for how long, `end_step`
 takes the tokens it yields.
@@ -22,6 +23,7 @@ from dataclasses import dataclass, field
 
 from thunder_rollout.engine.block_pool import BlockPool, PoolStats
 from thunder_rollout.engine.hashing import ROOT_HASH, block_hashes, chain_hash
+from thunder_rollout.engine.sequences import MAX_EMPTY, Sequences
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +67,7 @@ class Step:
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Turn:
     request_id: str
+    program: str | None
     token_ids: list[int]  # the prompt, then what was sampled
     num_prompt: int
     hashes: list[int]  # of the full blocks of token_ids
@@ -78,6 +81,7 @@ class EngineModel:
         self.shape = shape
         self.timing = timing
         self._pool = BlockPool(shape.num_blocks, enable_caching=shape.enable_caching)
+        self._sequences: Sequences[int] = Sequences()
         self._turns: dict[str, _Turn] = {}
         self._waiting: deque[_Turn] = deque()
         self._running: list[_Turn] = []
@@ -98,18 +102,24 @@ class EngineModel:
     def pool_stats(self) -> PoolStats:
         return self._pool.stats()
 
-    def add(self, request_id: str, prompt_ids: list[int]) -> None:
-        """Queue a turn. It must fit the pool alone, prompt and output, or it waits for ever."""
+    def add(self, request_id: str, prompt_ids: list[int], program: str | None = None) -> None:
+        """Queue a turn, of `program` if that may be released. It must fit the pool alone, prompt and
+        output, or it waits for ever."""
         assert request_id not in self._turns
         assert prompt_ids
         turn = _Turn(
             request_id=request_id,
+            program=program,
             token_ids=list(prompt_ids),
             num_prompt=len(prompt_ids),
             hashes=block_hashes(prompt_ids, self.shape.block_size),
         )
         self._turns[request_id] = turn
         self._waiting.append(turn)
+        if program is not None:
+            self._sequences.begin(program)
+        if self._sequences.has_released:
+            self._move_released()
 
     def remove(self, request_id: str) -> None:
         """The turn is over, finished or aborted; its blocks stay cached until they are needed."""
@@ -117,8 +127,19 @@ class EngineModel:
         if turn in self._running:
             self._running.remove(turn)
             self._release(turn)
+            if turn.program is not None:
+                self._sequences.put(turn.program, turn.hashes)
         else:
             self._waiting.remove(turn)
+
+    def release(self, program: str) -> None:
+        """It gave its KV up: from the next turn that is added on, what it alone has in the cache goes first."""
+        self._sequences.release(program)
+
+    def _move_released(self) -> None:
+        empty = self._pool.first_empty(MAX_EMPTY + 1)
+        if len(empty) <= MAX_EMPTY:
+            self._pool.demote(self._sequences.take_released(), behind=empty)
 
     def output_ids(self, request_id: str) -> list[int]:
         turn = self._turns[request_id]

@@ -27,13 +27,19 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateRequest:
-    """One turn. `prompt_ids` is the program's whole context, exactly as the model must see it."""
+    """One turn. `prompt_ids` is the program's whole context, exactly as the model must see it.
+
+    With `engine.release_on_pause` the engine keeps in mind what `program` has cached, and gives up first
+    what the `released` programs had that no other has. A hint: it changes no token.
+    """
 
     request_id: str
     prompt_ids: list[int]
     sampling: Sampling
     priority: int = 0
     suspect: bool = False  # an engine failed while it ran: `EngineHost` runs it alone
+    program: str | None = None
+    released: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

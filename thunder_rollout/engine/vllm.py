@@ -17,9 +17,10 @@ from typing import Any
 
 from thunder_rollout.core.events import FinishReason
 from thunder_rollout.engine.config import EngineConfig, check_model_folder
-from thunder_rollout.engine.protocol import EngineInfo, EngineStats, GenerateRequest, Generation, Sampling
+from thunder_rollout.engine.protocol import EngineInfo, EngineStats, GenerateRequest, Generation
 from thunder_rollout.engine.request_check import RequestLimits, check_request
 from thunder_rollout.engine.vllm_offload import offload_arguments, offload_tokens
+from thunder_rollout.engine.vllm_release import make_releasing, release_arguments
 from thunder_rollout.errors import ConfigError, EngineDied, EngineFailed, RequestError, ThunderError
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class VllmEngine:
         self._loading: asyncio.Task[Any] | None = None
         self._stopped = False
         self._gauges = _Gauges()
+        self._releases = False
         self._in_flight: set[str] = set()
         self._totals = {"prompt": 0, "cached": 0, "output": 0}
         self._limits: RequestLimits
@@ -61,6 +63,7 @@ class VllmEngine:
         self._loading = asyncio.create_task(asyncio.to_thread(_load, self._config, self._gauges))
         self._engine = await asyncio.shield(self._loading)
         vllm_config = self._engine.vllm_config
+        self._releases = self._config.release_on_pause and vllm_config.scheduler_config.scheduler_cls is not None
         self._capacity_tokens = _capacity_tokens(vllm_config)
         self._limits = RequestLimits(
             vocab_size=vllm_config.model_config.get_vocab_size(),
@@ -159,7 +162,7 @@ class VllmEngine:
 
         outputs = engine.generate(
             tokens_input(prompt_ids),
-            _sampling_params(request.sampling),
+            _sampling_params(request, releases=self._releases),
             request.request_id,
             priority=request.priority,
         )
@@ -225,6 +228,8 @@ def _load(config: EngineConfig, gauges: _Gauges) -> Any:
     try:
         args = AsyncEngineArgs(**_engine_arguments(config, {f.name for f in fields(AsyncEngineArgs)}))
         vllm_config = args.create_engine_config()
+        if config.release_on_pause:
+            make_releasing(vllm_config)
     except ThunderError:
         raise
     except Exception as error:
@@ -299,10 +304,11 @@ def _capacity_tokens(vllm_config: Any) -> int:
     return (round(turns * blocks_per_turn) - 1) * cache.block_size
 
 
-def _sampling_params(sampling: Sampling) -> Any:
+def _sampling_params(request: GenerateRequest, *, releases: bool) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
+    sampling = request.sampling
     return SamplingParams(
         max_tokens=sampling.max_tokens,
         temperature=sampling.temperature,
@@ -317,6 +323,7 @@ def _sampling_params(sampling: Sampling) -> Any:
         detokenize=False,
         skip_special_tokens=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
+        extra_args=release_arguments(request) if releases else None,
     )
 
 

@@ -119,7 +119,14 @@ class ProgramClient:
             try:
                 generation = await self._generate(
                     grant,
-                    GenerateRequest(request_id=request, prompt_ids=prompt_ids, sampling=sampling, suspect=suspect),
+                    GenerateRequest(
+                        request_id=request,
+                        prompt_ids=prompt_ids,
+                        sampling=sampling,
+                        suspect=suspect,
+                        program=self.program,
+                        released=grant.released,
+                    ),
                 )
             except EngineDied as error:
                 await self._report_dead(grant, error)

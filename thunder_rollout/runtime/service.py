@@ -34,6 +34,7 @@ from thunder_rollout.core.scheduler import Scheduler
 from thunder_rollout.errors import BadEvent, EngineDied, InfrastructureFailure, Rejected, ThunderError
 from thunder_rollout.observe.metrics import MetricsSnapshot, RunMetrics
 from thunder_rollout.observe.trace import TraceWriter
+from thunder_rollout.runtime.places import Places
 from thunder_rollout.sandbox.protocol import SandboxSpec
 
 logger = logging.getLogger(__name__)
@@ -41,12 +42,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grant:
-    """Leave to run one turn on `backend`."""
+    """Leave to run one turn on `backend`; the programs in `released` gave up their KV there since the last."""
 
     grant: int
     backend: str
     generation: int
     queue_s: float
+    released: tuple[str, ...] = ()
 
 
 class SandboxPort(Protocol):
@@ -79,6 +81,7 @@ class SchedulerService:
         self._waiting: dict[str, tuple[asyncio.Future[Grant], float]] = {}
         self._specs: dict[str, SandboxSpec] = {}
         self._owners: dict[str, str] = {}
+        self._places = Places()
         self._live_backends: dict[str, int] = {}  # generation
         self._returning: set[str] = set()  # down, and a restart may come
         self._no_engine: str | None = None  # why the last backend is gone
@@ -174,6 +177,7 @@ class SchedulerService:
         self._metrics.observe(event, decisions, now)
         if self._trace is not None:
             self._trace.write(now, event, decisions)
+        self._places.note(event, decisions)
         for decision in decisions:
             self._carry_out(decision, now)
         if isinstance(event, ProgramEnded):
@@ -195,7 +199,12 @@ class SchedulerService:
             case Restore(request=str(request), grant=int(grant), backend=backend, generation=generation):
                 future, since = self._waiting[request]
                 if not future.done():
-                    future.set_result(Grant(grant=grant, backend=backend, generation=generation, queue_s=now - since))
+                    released = self._places.take_released(backend)
+                    future.set_result(
+                        Grant(
+                            grant=grant, backend=backend, generation=generation, queue_s=now - since, released=released
+                        )
+                    )
             case Reject(request=request, why=why):
                 self._fail_waiter(request, Rejected(why))
             case PrepareSandbox(program=program):
@@ -205,7 +214,7 @@ class SchedulerService:
             case Expire(program=program):
                 logger.warning("program=%s expired", program)
             case Restore() | Pause():
-                pass  # an engine keeps or evicts blocks by itself
+                pass
 
     async def _prepare(self, program: str) -> None:
         spec = self._specs.get(program)

@@ -149,6 +149,11 @@ class RunCache:
                 self.num_held -= run.num_blocks
                 self._keep(run)
 
+    def demote(self, key: str) -> None:
+        """A run that nobody holds is taken first."""
+        if key in self._kept:
+            self._kept.move_to_end(key, last=False)
+
     def drop(self, key: str) -> None:
         """Forget a run that nobody holds; its blocks are empty."""
         run = self._kept.pop(key, None)

@@ -86,6 +86,9 @@ class SimEngine(Protocol):
     def drop(self, key: str) -> None:
         """Forget the program's own run, unless a turn of it runs."""
 
+    def release(self, key: str) -> None:
+        """The program's own run goes first, unless a turn of it runs."""
+
 
 class RunEngine:
     """See the module; it honours `SimEngine`."""
@@ -143,6 +146,9 @@ class RunEngine:
 
     def drop(self, key: str) -> None:
         self._cache.drop(key)
+
+    def release(self, key: str) -> None:
+        self._cache.demote(key)
 
     def forget_cache(self) -> None:
         self._cache.clear()

@@ -19,7 +19,7 @@ class EngineProfile:
     token, token it attends to) pairs, decoding turns, tokens of context that scheduled turns attend
     to. `turn_overhead_s` passes between a grant and the engine: transport, templating, hashing.
     `host_tokens` of KV fit a tier in host memory (0: there is none), from which a token takes
-    `load_token_s`.
+    `load_token_s`. With `release_on_pause` what paused and ended programs left in the cache goes first.
     """
 
     name: str
@@ -37,6 +37,7 @@ class EngineProfile:
     turn_overhead_s: float = 0.0
     host_tokens: int = 0
     load_token_s: float = 0.0
+    release_on_pause: bool = False
 
     def __post_init__(self) -> None:
         for name in ("capacity_tokens", "block_size", "max_running", "max_batched_tokens", "max_context_tokens"):

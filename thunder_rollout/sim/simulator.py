@@ -2,8 +2,8 @@
 
 Contract: what happens to a scheduler here is what `runtime` does to it, in the same order: a turn is
 requested, granted, run and ended; then its tool starts and ends, then the next turn is requested.
-`Restore` sends the turn to its engine, `Pause` changes nothing there (an engine keeps or evicts by
-itself), `Reject` and `Expire` end the program. As in the live system nobody reports starts,
+`Restore` sends the turn to its engine, `Pause` changes nothing there unless the engine releases (it
+keeps or evicts by itself), `Reject` and `Expire` end the program. As in the live system nobody reports starts,
 progress or engine stats. Equal arguments give equal results, whatever the machine.
 """
 
@@ -221,6 +221,8 @@ class Simulation:
             self._foresight.forget(program.name)
             if program.engine_number is not None:
                 self._engines[program.engine_number].drop(program.name)
+        elif self._setup.profile.release_on_pause and program.engine_number is not None:
+            self._engines[program.engine_number].release(program.name)
         if known:
             self._handle(ProgramEnded(program=program.name))
         self._push(self._now, _Kind.START, program.slot)
@@ -326,6 +328,8 @@ class Simulation:
         self._end_hold(program)
         if self._foresight is not None:
             self._engines[self._number_of[backend]].drop(name)
+        elif self._setup.profile.release_on_pause:
+            self._engines[self._number_of[backend]].release(name)
 
     def _tick(self) -> None:
         self._handle(Tick())

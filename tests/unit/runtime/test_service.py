@@ -69,6 +69,18 @@ async def test_admit_returns_when_the_program_is_restored(make_service):
     assert (await second).backend == "e0"
 
 
+async def test_a_grant_tells_who_gave_up_its_kv_there(make_service):
+    service = await make_service()
+    for name in ("a", "b"):
+        service.open(name)
+    first = await service.admit(ask("a"))
+    assert first.released == ()
+    second = asyncio.create_task(service.admit(ask("b")))
+    await settle()
+    service.close("a")
+    assert (await second).released == ("a",)
+
+
 async def test_cancelling_a_wait_leaves_no_trace(make_service):
     service = await make_service()
     for name in ("a", "b"):

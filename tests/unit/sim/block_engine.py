@@ -33,7 +33,8 @@ class BlockEngine:
         turn.added_at = now
         request = f"r{next(self._ids)}"
         self._turns[request] = turn
-        self.model.add(request, [self._token(turn, position) for position in range(turn.prompt_tokens)])
+        prompt = [self._token(turn, position) for position in range(turn.prompt_tokens)]
+        self.model.add(request, prompt, turn.key)
         if self.ends_at == NEVER:
             self.ends_at = now
 
@@ -62,6 +63,9 @@ class BlockEngine:
 
     def drop(self, key: str) -> None:
         raise NotImplementedError
+
+    def release(self, key: str) -> None:
+        self.model.release(key)
 
     def _token(self, turn: SimTurn, position: int) -> int:
         start = 0

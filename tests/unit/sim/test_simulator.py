@@ -86,6 +86,16 @@ def test_thrashing_shows_above_capacity_and_thunder_avoids_it() -> None:
     assert sticky.num_pauses == 0
 
 
+@pytest.mark.parametrize("policy", ["adaptive", "thunder"])
+def test_an_engine_that_releases_computes_less_again(policy: str) -> None:
+    def cached(release: bool) -> float:
+        profile = replace(PROFILE, release_on_pause=release)
+        runs = [Simulation(replace(setup(policy, 3.0, seed=seed), profile=profile)).run() for seed in range(3)]
+        return sum(result.kv_hit_rate for result in runs)
+
+    assert cached(True) > cached(False)
+
+
 @pytest.mark.parametrize(("load_token_s", "policy"), [(6e-7, "sticky"), (6e-7, "adaptive"), (5e-5, "adaptive")])
 def test_what_was_computed_again_is_loaded_where_there_is_a_tier(load_token_s: float, policy: str) -> None:
     """A tier that holds every program; loads at 1% of prefill, and at nearly all of it."""
