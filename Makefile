@@ -1,6 +1,6 @@
 # `make help` lists what there is. PYTHON=python3.12 picks the interpreter, ARGS="k=v ..." goes to the command.
 .DEFAULT_GOAL := help
-.PHONY: help setup rollout bench bench-core test test-unit coverage lint format lock clean
+.PHONY: help setup rollout bench bench-full bench-core test test-unit coverage lint format lock clean
 
 VENV ?= .venv
 export VENV PYTHON
@@ -17,6 +17,9 @@ rollout: setup  ## train the tiny policy (once), then roll out toy SWE tasks: AR
 
 bench: setup  ## compare the scheduling policies on two real CPU engines (25 min)
 	$(VENV)/bin/thunder-rollout bench $(ARGS)
+
+bench-full: setup  ## the same for every policy, workload and model size (3 h); goes on where it was stopped
+	$(VENV)/bin/thunder-rollout bench plan=full $(ARGS)
 
 bench-core: setup  ## CPU time of the scheduler's decisions: 10,000 programs on 512 backends (1 min)
 	$(VENV)/bin/thunder-rollout bench-core $(ARGS)

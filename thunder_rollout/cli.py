@@ -63,10 +63,30 @@ def _rollout() -> int:
 
 def _bench() -> int:
     from thunder_rollout.bench.config import BenchConfig
-    from thunder_rollout.bench.live import print_table, run_bench
+    from thunder_rollout.bench.live import run_bench
+    from thunder_rollout.bench.report import write_report
 
     def task(config: BenchConfig, raw: DictConfig) -> int:
-        print_table(asyncio.run(_until_signal(run_bench(config))))
+        folder = Path(config.runs_dir) / config.plan.name
+        try:
+            failed = asyncio.run(_until_signal(run_bench(config, folder)))
+        except asyncio.CancelledError:
+            print("stopped; the same command goes on where it stopped", file=sys.stderr)
+            raise
+        write_report(folder)
+        for cell in failed:
+            print(f"failed twice, the same command tries it again: {cell.key}", file=sys.stderr)
+        return 1 if failed else 0
+
+    return _hydra_main("bench", BenchConfig, task)
+
+
+def _bench_report() -> int:
+    from thunder_rollout.bench.config import BenchConfig
+    from thunder_rollout.bench.report import write_report
+
+    def task(config: BenchConfig, raw: DictConfig) -> int:
+        write_report(Path(config.runs_dir) / config.plan.name)
         return 0
 
     return _hydra_main("bench", BenchConfig, task)
@@ -172,6 +192,7 @@ def _print_summary(summary: dict[str, Any], folder: Path) -> None:
 _COMMANDS: dict[str, tuple[str, Callable[[], int]]] = {
     "rollout": ("roll out tasks x samples; hydra overrides follow (e.g. rollout.n=8 task.count=32)", _rollout),
     "bench": ("compare policies on real engines with small KV pools", _bench),
+    "bench-report": ("report.md, csv and plots from the bench.json of a bench (plan=full: of that one)", _bench_report),
     "bench-core": ("measure what the scheduler's decisions cost at the size of a fleet", _bench_core),
     "simulate": ("compare policies in virtual time, beside their bounds", _simulate),
     "calibrate": ("measure an engine and write its profile for simulate", _calibrate),

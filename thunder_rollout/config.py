@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
@@ -33,7 +33,7 @@ from thunder_rollout.tasks.grading import GradingConfig
 T = TypeVar("T")
 
 _RUN_NAME = re.compile(r"[\w-][\w.-]*")
-_RESERVED_NAMES = ("latest", "bench", "simulate")
+_RESERVED_NAMES = ("latest", "bench", "bench_full", "simulate")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,8 +133,15 @@ def _refuse_unknown(cls: Any, raw: Mapping[Any, Any], path: str) -> None:
     for key, value in raw.items():
         if key not in known:
             raise _no_such_field(path, key, known)
+        where = f"{path}.{key}" if path else key
         if is_dataclass(hints[key]) and isinstance(value, Mapping):
-            _refuse_unknown(hints[key], value, f"{path}.{key}" if path else key)
+            _refuse_unknown(hints[key], value, where)
+            continue
+        inner = next((kind for kind in reversed(get_args(hints[key])) if is_dataclass(kind)), None)
+        items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+        for name, item in items:
+            if inner is not None and isinstance(item, Mapping):
+                _refuse_unknown(inner, item, f"{where}.{name}")
 
 
 def _no_such_field(parent: str, key: str, known: Iterable[Any]) -> ConfigError:

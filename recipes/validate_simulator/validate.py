@@ -2,9 +2,9 @@
 
     python recipes/validate_simulator/validate.py --bench runs/bench/bench.json --profile runs/calibrate/mine.yaml
 
-Each cell's simulated steps/min (mean over seeds) against the median of its live runs, and the order of the
-policies wherever their live intervals don't overlap. Writes `runs/validate_simulator/table.md`; exits with 1
-where something is off by more than `--tolerance`.
+Each cell of the small model on short tools: its simulated steps/min (mean over seeds) against the median of its
+live runs, and the order of the policies wherever their live intervals don't overlap. Writes
+`runs/validate_simulator/table.md`; exits with 1 where something is off by more than `--tolerance`.
 """
 
 from __future__ import annotations

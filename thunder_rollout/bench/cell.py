@@ -1,26 +1,35 @@
-"""One cell of the benchmark: a closed loop of N programs under one policy, measured in a window."""
+"""One cell of the benchmark: a closed loop of N programs under one policy, measured in a window.
+
+It begins where a rehearsal in virtual time has left the same programs under the same policy, but with empty
+caches: who is how old and who waits is as in the steady state, and the warm-up fills the caches.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import statistics
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from thunder_rollout.agent.loop import TurnResult
-from thunder_rollout.bench.config import WorkloadConfig
-from thunder_rollout.bench.workload import ScriptedTurn, programs
-from thunder_rollout.core.cost import CostMeter, CostShares, TurnCost
-from thunder_rollout.engine.protocol import Engine, Sampling
-from thunder_rollout.runtime.client import ProgramClient, SchedulerPort
+from thunder_rollout.bench.closed_loop import ClosedLoop
+from thunder_rollout.bench.plan import CellKey, CellPlan
+from thunder_rollout.bench.window import Window
+from thunder_rollout.bench.workload import Position
+from thunder_rollout.engine.protocol import Engine
+from thunder_rollout.runtime.client import SchedulerPort
+
+STATS_PERIOD_S = 1.0
+UpdateWeights = Callable[[], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CellResult:
-    """One row of bench.json. Latency is from the turn's request to its last token, seconds;
-    `imbalance` is max - min over engines of the share of their KV in use, averaged over samples a
-    second apart; `cost_shares` are the five terms of the paper's cost as shares of capacity x time."""
+    """One row of bench.json. Latency is from the turn's request to its last token, seconds; hits are shares of
+    the prompts' tokens, `infinite_kv_hit_rate` what a cache that forgets nothing would give; `imbalance` is max
+    - min over engines of the share of their KV in use, averaged over samples; `cost_shares` are the five terms
+    of the paper's cost as shares of capacity x time; waits are for admission, those still open included;
+    `driver_cpu_share` is of one core, for playing the programs."""
 
     workload: str
     policy: str
@@ -36,137 +45,128 @@ class CellResult:
     cost_shares: dict[str, float]
     warmup_s: float
     measure_s: float
-    max_programs: int | None = None  # the limit of `capped`
+    max_programs: int | None  # the limit of `capped`
+    model: str
+    settings: str
+    kv_tokens: list[int]  # of each engine
+    num_ended: int  # programs, in the window
+    num_weight_updates: int
+    infinite_kv_hit_rate: float
+    recomputed_tokens: int
+    wait_p95_s: float
+    longest_wait_s: float
+    num_waits_past_rule: int  # longer than scheduler.max_wait_s
+    driver_cpu_share: float
 
-
-@dataclass(slots=True)
-class _Window:
-    """Collects while `open`; turns that end inside it count."""
-
-    open: bool = False
-    latencies: list[float] = field(default_factory=list)
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    imbalances: list[float] = field(default_factory=list)
-    cost: CostMeter = field(default_factory=CostMeter)
-
-    def add_turn(self, result: TurnResult, previous_context_tokens: int) -> None:
-        if not self.open:
-            return
-        generation = result.generation
-        self.latencies.append(result.queue_s + result.engine_s)
-        self.prompt_tokens += generation.prompt_tokens
-        self.cached_tokens += generation.cached_tokens
-        self.cost.add_turn(
-            TurnCost(
-                prompt_tokens=generation.prompt_tokens,
-                cached_tokens=generation.cached_tokens,
-                previous_context_tokens=previous_context_tokens,
-                output_tokens=len(generation.token_ids),
-                prefill_s=generation.prefill_s,
-                decode_s=generation.decode_s,
-            )
-        )
-
-    def add_hold(self, context_tokens: int, held_s: float) -> None:
-        if self.open:
-            self.cost.add_hold(context_tokens, held_s)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cell:
-    workload: WorkloadConfig
-    policy: str
-    load: float
-    seed: int
-    num_programs: int
-    vocab_size: int
-    warmup_s: float
-    measure_s: float
-    max_programs: int | None = None
-
-    async def run(
-        self, scheduler: SchedulerPort, engines: Mapping[str, Engine], *, capacity_tokens: int, block_size: int | None
-    ) -> CellResult:
-        """Play the cell to its end; `capacity_tokens` is of all engines together."""
-        window = _Window()
-        slots = [
-            asyncio.create_task(self._slot(slot, window, scheduler, engines, block_size))
-            for slot in range(self.num_programs)
-        ]
-        meter = asyncio.create_task(_sample_imbalance(window, engines, capacity_tokens / len(engines)))
-        try:
-            await _sleep_or_raise(self.warmup_s, slots)
-            window.open, opened = True, asyncio.get_running_loop().time()
-            await _sleep_or_raise(self.measure_s, slots)
-            window.open, measured_s = False, asyncio.get_running_loop().time() - opened
-        finally:
-            for task in (*slots, meter):
-                task.cancel()
-            await asyncio.gather(*slots, meter, return_exceptions=True)
-        return self._result(window, measured_s, window.cost.shares(capacity_tokens, measured_s))
-
-    async def _slot(
-        self,
-        slot: int,
-        window: _Window,
-        scheduler: SchedulerPort,
-        engines: Mapping[str, Engine],
-        block_size: int | None,
-    ) -> None:
-        scripts = programs(self.workload, seed=self.seed, slot=slot, vocab_size=self.vocab_size)
-        for number, turns in enumerate(scripts):
-            name = f"{self.policy}-{self.load}-{self.seed}/{slot}.{number}"
-            async with ProgramClient(name, scheduler, engines, block_size=block_size) as client:
-                await _play(turns, client, window)
-
-    def _result(self, window: _Window, measured_s: float, shares: CostShares) -> CellResult:
-        latencies = sorted(window.latencies) or [float("nan")]
-        return CellResult(
-            workload=self.workload.name,
-            policy=self.policy,
+    @property
+    def key(self) -> CellKey:
+        return CellKey(
+            workload=self.workload,
+            model=self.model,
             load=self.load,
+            policy=self.policy,
             seed=self.seed,
-            num_programs=self.num_programs,
-            num_turns=len(window.latencies),
-            steps_per_min=60 * len(window.latencies) / measured_s,
-            kv_hit_rate=window.cached_tokens / window.prompt_tokens if window.prompt_tokens else 0.0,
-            turn_latency_p50_s=latencies[len(latencies) // 2],
-            turn_latency_p95_s=latencies[int(0.95 * (len(latencies) - 1))],
-            imbalance=statistics.fmean(window.imbalances) if window.imbalances else 0.0,
-            cost_shares=asdict(shares.fractions()),
-            warmup_s=self.warmup_s,
-            measure_s=self.measure_s,
-            max_programs=self.max_programs,
+            settings=self.settings,
         )
 
 
-async def _play(turns: list[ScriptedTurn], client: ProgramClient, window: _Window) -> None:
-    context: list[int] = []
-    computed = 0
-    for turn in turns:
-        context += turn.new_ids
-        result = await client.turn(context, Sampling(max_tokens=turn.output_tokens, ignore_eos=True))
-        window.add_turn(result, computed)
-        context += result.generation.token_ids
-        computed = len(context)
-        await client.tool_started("script")
-        await asyncio.sleep(turn.tool_s)
-        await client.tool_ended()
-        window.add_hold(computed, turn.tool_s)
+async def run_cell(
+    plan: CellPlan,
+    start: Sequence[Position],
+    scheduler: SchedulerPort,
+    engines: Mapping[str, Engine],
+    *,
+    capacities: Mapping[str, int],
+    vocab_size: int,
+    update_weights: UpdateWeights | None = None,
+) -> CellResult:
+    """Play the cell to its end; `capacities` are the engines' KV tokens. Raises what a slot raises."""
+    loop = ClosedLoop(
+        plan.workload,
+        start,
+        scheduler,
+        engines,
+        name=f"{plan.key.policy}-{plan.key.load:g}-{plan.key.seed}",
+        seed=plan.key.seed,
+        vocab_size=vocab_size,
+        block_size=plan.engines[0].block_size,
+        send_hashes=plan.scheduler.uses_block_hashes,
+    )
+    tasks = loop.begin()
+    tasks.append(asyncio.create_task(_sample_imbalance(loop.window, engines, capacities)))
+    if plan.workload.weight_update_s is not None:
+        assert update_weights is not None
+        first_s = plan.warmup_s + plan.workload.weight_update_s / 2
+        tasks.append(asyncio.create_task(_update_forever(loop, update_weights, first_s, plan.workload.weight_update_s)))
+    try:
+        await sleep_or_raise(plan.warmup_s, tasks)
+        with loop.window.opened():
+            cpu_s = time.process_time()
+            await sleep_or_raise(plan.measure_s, tasks)
+        cpu_s = time.process_time() - cpu_s
+        open_waits_s = loop.waits.open_waits_s()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    return _result(plan, loop, open_waits_s, cpu_s / loop.window.measured_s)
 
 
-async def _sleep_or_raise(seconds: float, tasks: list[asyncio.Task[None]]) -> None:
-    """Slots never end by themselves: one that does has failed, and the cell with it."""
+def _result(plan: CellPlan, loop: ClosedLoop, open_waits_s: list[float], driver_cpu_share: float) -> CellResult:
+    window = loop.window
+    latencies_s = sorted(window.latencies_s) or [float("nan")]
+    waits_s = sorted(window.waits_s + open_waits_s) or [0.0]
+    num_prompt = max(1, window.prompt_tokens)
+    return CellResult(
+        workload=plan.key.workload,
+        policy=plan.key.policy,
+        load=plan.key.load,
+        seed=plan.key.seed,
+        model=plan.key.model,
+        settings=plan.key.settings,
+        kv_tokens=[engine.kv_cache_tokens or 0 for engine in plan.engines],
+        num_programs=plan.num_programs,
+        num_turns=len(window.latencies_s),
+        num_ended=window.num_ended,
+        num_weight_updates=loop.weight_version,
+        steps_per_min=60 * len(window.latencies_s) / window.measured_s,
+        kv_hit_rate=window.cached_tokens / num_prompt,
+        infinite_kv_hit_rate=window.reusable_tokens / num_prompt,
+        recomputed_tokens=window.recomputed_tokens,
+        turn_latency_p50_s=latencies_s[len(latencies_s) // 2],
+        turn_latency_p95_s=latencies_s[int(0.95 * (len(latencies_s) - 1))],
+        wait_p95_s=waits_s[int(0.95 * (len(waits_s) - 1))],
+        longest_wait_s=waits_s[-1],
+        num_waits_past_rule=sum(wait_s > plan.scheduler.max_wait_s for wait_s in waits_s),
+        imbalance=window.imbalance,
+        cost_shares=asdict(window.cost.shares(plan.capacity_tokens, window.measured_s).fractions()),
+        warmup_s=plan.warmup_s,
+        measure_s=plan.measure_s,
+        max_programs=plan.max_programs,
+        driver_cpu_share=driver_cpu_share,
+    )
+
+
+async def sleep_or_raise(seconds: float, tasks: list[asyncio.Task[None]]) -> None:
+    """Tasks never end by themselves: one that does has failed, and the cell with it."""
     done, _ = await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
     for task in done:
         task.result()
 
 
-async def _sample_imbalance(window: _Window, engines: Mapping[str, Engine], capacity_tokens: float) -> None:
+async def _update_forever(loop: ClosedLoop, update_weights: UpdateWeights, first_s: float, period_s: float) -> None:
+    await asyncio.sleep(first_s)
     while True:
-        await asyncio.sleep(1.0)
+        next_one = asyncio.get_running_loop().time() + period_s
+        await update_weights()
+        loop.weight_version += 1
+        await asyncio.sleep(max(0.0, next_one - asyncio.get_running_loop().time()))
+
+
+async def _sample_imbalance(window: Window, engines: Mapping[str, Engine], capacities: Mapping[str, int]) -> None:
+    while True:
+        await asyncio.sleep(STATS_PERIOD_S)
         stats: list[Any] = await asyncio.gather(*(engine.stats() for engine in engines.values()))
         if window.open:
-            used = [s.used_tokens / capacity_tokens for s in stats]
+            used = [one.used_tokens / capacities[name] for name, one in zip(engines, stats, strict=True)]
             window.imbalances.append(max(used) - min(used))

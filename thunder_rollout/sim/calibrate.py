@@ -66,13 +66,15 @@ class Fit:
 async def run_calibration(config: CalibrateConfig) -> str:
     """Measure the engine or take the given profile, scale it if live runs are given, and write it;
     returns what to tell the user."""
-    cells = read_bench(Path(config.bench)) if config.bench is not None else None
+    cells = read_bench(Path(config.bench), config.model or "qwen2_3m") if config.bench is not None else None
     if config.profile is not None:
         profile, notes = read_profile(Path(config.profile)), list[str]()
     else:
         profile, notes = await _measured(config)
     if cells is not None:
-        settings = SimulateConfig(sim_engine=profile, num_backends=config.num_engines, seeds=[0, 1])
+        settings = SimulateConfig(
+            sim_engine=profile, num_backends=config.num_engines, seeds=[0, 1], warmup_lives=0.3, measure_lives=0.5
+        )
         profile = await asyncio.to_thread(scale_to_bench, cells, settings)
     write_profile(replace(profile, name=config.name), notes, Path(config.out))
     return f"{config.out}:\n{Path(config.out).read_text()}"

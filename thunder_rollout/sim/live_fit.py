@@ -36,7 +36,7 @@ _DIFFERENCE = 0.1  # of the log-factors, for the slopes
 _LONGEST_STEP = 0.7
 _LEAST_MISS = 0.03  # a smaller one counts no less
 _RIDGE = 0.02  # towards the step of no change, where the rows say little about a factor
-_KEYS = {"workload", "policy", "load", "num_programs", "steps_per_min", "warmup_s", "measure_s"}
+_KEYS = {"workload", "model", "policy", "load", "num_programs", "steps_per_min"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,46 +49,43 @@ class LiveCell:
     steps_per_min: tuple[float, ...]
     num_programs: int
     max_programs: int | None
-    warmup_s: float
-    measure_s: float
 
     @property
     def median(self) -> float:
         return statistics.median(self.steps_per_min)
 
 
-def read_bench(path: Path) -> list[LiveCell]:
-    """Raises `ConfigError` for a file that `thunder-rollout bench` of this version did not write."""
+def read_bench(path: Path, model: str = "qwen2_3m") -> list[LiveCell]:
+    """The cells of `model` on workloads that are simulated too. Raises `ConfigError` where there are none, and for
+    a file that `thunder-rollout bench` of this version did not write."""
     try:
         rows: list[dict[str, Any]] = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ConfigError(f"bench={path}: {error}; give the bench.json of `thunder-rollout bench`") from None
-    cells: dict[tuple[float, str], list[dict[str, Any]]] = defaultdict(list)
+    cells: dict[tuple[str, float, str], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         if missing := _KEYS - row.keys():
             raise ConfigError(f"bench={path}: a row without {', '.join(sorted(missing))}; run the benchmark again")
-        if row["workload"] not in WORKLOADS:
-            raise ConfigError(f"bench={path}: workload {row['workload']!r} is not simulated")
-        cells[row["load"], row["policy"]].append(row)
+        if row["workload"] in WORKLOADS and row["model"] == model:
+            cells[row["workload"], row["load"], row["policy"]].append(row)
+    if not cells:
+        raise ConfigError(f"bench={path}: no row of {model} on a workload that is simulated too (short_tools)")
     return [
         LiveCell(
-            workload=same[0]["workload"],
+            workload=workload,
             load=load,
             policy=policy,
             steps_per_min=tuple(row["steps_per_min"] for row in same),
             num_programs=same[0]["num_programs"],
             max_programs=same[0].get("max_programs"),
-            warmup_s=same[0]["warmup_s"],
-            measure_s=same[0]["measure_s"],
         )
-        for (load, policy), same in sorted(cells.items())
+        for (workload, load, policy), same in sorted(cells.items())
     ]
 
 
 def simulated(cell: LiveCell, config: SimulateConfig) -> float:
-    """Its steps/min in virtual time, the mean over `config.seeds`. Raises `ConfigError` where the engines
-    simulated are not those of the live run."""
-    config = replace(config, warmup_s=cell.warmup_s, measure_s=cell.measure_s)
+    """Its steps/min in virtual time, in the steady state as live: the mean over `config.seeds`, each for the lives
+    that `config` says. Raises `ConfigError` where the engines simulated are not those of the live run."""
     same = [
         Cell(
             config=config,

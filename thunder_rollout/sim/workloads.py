@@ -165,7 +165,7 @@ def short_tools(config: WorkloadConfig | None = None) -> Mix:
         prompt_tokens=length(config.prompt_tokens),
         observation_tokens=length(config.observation_tokens),
         output_tokens=length(config.output_tokens),
-        tools=(Tool("script", 1.0, Law(config.tool_s, config.spread, most=math.inf)),),
+        tools=tuple(Tool(tool.name, tool.share, Law(tool.mean_s, tool.spread, most=math.inf)) for tool in config.tools),
         stated_context_tokens=live.mean_context_tokens(config),
     )
 

@@ -1,104 +1,114 @@
 """The benchmark's closed loop on engines without a model, in virtual time: the same every time."""
 
-import asyncio
+from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 
-from thunder_rollout.bench.cell import Cell, CellResult
-from thunder_rollout.bench.config import WorkloadConfig
-from thunder_rollout.bench.workload import mean_context_tokens, programs
-from thunder_rollout.core.config import SchedulerConfig
-from thunder_rollout.core.events import BackendDown, BackendUp
-from thunder_rollout.engine.config import EngineConfig
-from thunder_rollout.engine.fake import FakeEngine
+from thunder_rollout.bench.cell import CellResult, run_cell
+from thunder_rollout.bench.config import BenchConfig, CellsConfig, PlanConfig
+from thunder_rollout.bench.plan import CellPlan, planned_cells
+from thunder_rollout.bench.rehearsal import VOCAB_SIZE, rehearse, stage
+from thunder_rollout.bench.workload import random_positions
 from thunder_rollout.engine.virtual_time import run_in_virtual_time
 from thunder_rollout.errors import EngineDied
-from thunder_rollout.runtime.client import LocalScheduler
-from thunder_rollout.runtime.service import SchedulerService
 
 pytestmark = pytest.mark.slow
 
-WORKLOAD = WorkloadConfig(prompt_tokens=300, observation_tokens=150, output_tokens=30, num_turns=8, tool_s=0.1)
-ENGINE = EngineConfig(model="fake", kind="fake", kv_cache_tokens=16_384, max_model_len=8_192)
+
+def plan_of(config: BenchConfig, workload: str, policy: str, load: float, **changes: float) -> CellPlan:
+    settings = {"warmup_s": 10.0, "measure_s": 20.0, **changes}
+    cells = CellsConfig(workload=workload, policies=[policy], loads=[load], seeds=[0], **settings)
+    (plan,) = planned_cells(replace(config, plan=PlanConfig(name="bench", cells=[cells])))
+    return plan
 
 
-async def play(policy: str, load: float) -> CellResult:
-    engines = {f"e{i}": FakeEngine(ENGINE) for i in range(2)}
-    service = SchedulerService(SchedulerConfig(policy=policy, tick_s=1.0), clock=asyncio.get_running_loop().time)
-    await service.start()
-    capacity = 0
-    for name, engine in engines.items():
-        info = await engine.start()
-        capacity += info.capacity_tokens
-        service.handle(
-            BackendUp(backend=name, generation=0, capacity_tokens=info.capacity_tokens, max_running=info.max_running)
-        )
-    cell = Cell(
-        workload=WORKLOAD,
-        policy=policy,
-        load=load,
-        seed=0,
-        num_programs=round(load * capacity / mean_context_tokens(WORKLOAD)),
-        vocab_size=1000,
-        warmup_s=10.0,
-        measure_s=20.0,
-    )
-    try:
-        return await cell.run(LocalScheduler(service), engines, capacity_tokens=capacity, block_size=info.block_size)
-    finally:
-        await service.stop()
-        for engine in engines.values():
-            await engine.stop()
+def play(plan: CellPlan, *, lives: float = 0.0, dead: bool = False) -> CellResult:
+    start = rehearse(plan, lives=lives)
+
+    async def run() -> CellResult:
+        async with stage(plan) as (scheduler, engines):
+            if dead:
+                for engine in engines.values():
+                    engine.die()
+
+            async def update_weights() -> None:
+                for engine in engines.values():
+                    await engine.reset_prefix_cache()
+
+            return await run_cell(
+                plan,
+                start,
+                scheduler,
+                engines,
+                capacities=dict.fromkeys(engines, 16_384),
+                vocab_size=VOCAB_SIZE,
+                update_weights=update_weights,
+            )
+
+    return run_in_virtual_time(run())
 
 
-@pytest.fixture(scope="module")
-def results() -> dict[tuple[str, float], CellResult]:
-    cells = [("sticky", 0.5), ("thunder", 0.5), ("sticky", 3.0), ("thunder", 3.0), ("cache_aware", 3.0)]
-    return {cell: run_in_virtual_time(play(*cell)) for cell in cells}
-
-
-def test_below_the_knee_thunder_is_sticky(results):
-    sticky, thunder = results["sticky", 0.5], results["thunder", 0.5]
+def test_below_the_knee_thunder_is_sticky(config):
+    sticky, thunder = (play(plan_of(config, "short_tools", policy, 0.5)) for policy in ("sticky", "thunder"))
     assert thunder.steps_per_min == pytest.approx(sticky.steps_per_min, rel=0.1)
     assert sticky.kv_hit_rate > 0.7
 
 
-def test_above_it_sticky_thrashes_and_thunder_does_not(results):
-    sticky, thunder = results["sticky", 3.0], results["thunder", 3.0]
+def test_above_it_sticky_thrashes_and_thunder_does_not(config):
+    sticky, thunder = (play(plan_of(config, "short_tools", policy, 3.0)) for policy in ("sticky", "thunder"))
     assert thunder.kv_hit_rate > sticky.kv_hit_rate + 0.1
     assert thunder.steps_per_min > 1.1 * sticky.steps_per_min
     assert thunder.cost_shares["recompute"] < sticky.cost_shares["recompute"]
+    assert thunder.recomputed_tokens < sticky.recomputed_tokens
+    for row in (sticky, thunder):
+        assert sum(row.cost_shares.values()) == pytest.approx(1.0)
+        assert row.kv_hit_rate < row.infinite_kv_hit_rate
+    assert thunder.longest_wait_s > sticky.longest_wait_s == 0, "sticky lets everybody in"
 
 
-def test_every_policy_moves(results):
-    assert all(result.num_turns > 0 for result in results.values())
+def test_where_nothing_is_evicted_the_hits_are_those_of_infinite_kv(config):
+    for workload in ("short_tools", "groups"):
+        row = play(plan_of(config, workload, "sticky", 0.2, warmup_s=20.0))
+        assert row.num_ended > 0
+        assert row.kv_hit_rate == pytest.approx(row.infinite_kv_hit_rate, abs=0.03)
 
 
-def test_cost_shares_add_up_to_one(results):
-    for result in results.values():
-        assert sum(result.cost_shares.values()) == pytest.approx(1.0)
+def test_a_cell_goes_on_from_its_rehearsal(config):
+    plan = plan_of(config, "short_tools", "capped", 3.0)
+    start = rehearse(plan, lives=1.2)
+    assert rehearse(plan, lives=1.2) == start
+    assert len(start) == len({position.index for position in start}) == plan.num_programs
+    admitted, waiting = start[: plan.max_programs], start[plan.max_programs :]
+    assert sum(position.num_turns_over for position in admitted) > 0
+    assert all(position.num_turns_over == 0 for position in waiting), "who waits for capped has never begun"
+    assert [position.index for position in waiting] == sorted(position.index for position in waiting)
+    assert max(position.index for position in start) >= 2 * plan.num_programs, "the first ones are over"
+    assert play(plan, lives=1.2).num_turns > 0
 
 
-def test_the_same_seed_plays_the_same_programs():
-    def first(seed: int) -> list:
-        scripts = programs(WORKLOAD, seed=seed, slot=3, vocab_size=50)
-        return [next(scripts) for _ in range(3)]
+def test_new_weights_void_what_could_be_reused(config):
+    row = play(plan_of(config, "weight_updates", "sticky", 0.3, measure_s=30.0))
+    still = play(plan_of(config, "short_tools", "sticky", 0.3, measure_s=30.0))
+    assert row.num_weight_updates == 3
+    assert row.infinite_kv_hit_rate < still.infinite_kv_hit_rate - 0.02
+    assert row.kv_hit_rate == pytest.approx(row.infinite_kv_hit_rate, abs=0.05)
 
-    assert first(0) == first(0)
-    assert first(0) != first(1)
+
+def test_engines_may_be_uneven(config):
+    plan = plan_of(config, "uneven_engines", "thunder", 2.0)
+    assert [engine.kv_cache_tokens for engine in plan.engines] == [16_384, 8_192]
+    assert play(plan).kv_tokens == [16_384, 8_192]
 
 
-def test_a_failing_slot_fails_the_cell():
-    async def run() -> None:
-        engine = FakeEngine(ENGINE)
-        await engine.start()
-        service = SchedulerService(SchedulerConfig(policy="sticky"), clock=asyncio.get_running_loop().time)
-        service.handle(BackendUp(backend="e0", generation=0, capacity_tokens=16_384, max_running=8))
-        service.handle(BackendDown(backend="e0", generation=0, reason="given up"))
-        cell = Cell(
-            workload=WORKLOAD, policy="sticky", load=1, seed=0, num_programs=1, vocab_size=9, warmup_s=1, measure_s=1
-        )
-        await cell.run(LocalScheduler(service), {"e0": engine}, capacity_tokens=16_384, block_size=None)
-
+def test_a_failing_slot_fails_the_cell(config):
     with pytest.raises(EngineDied):
-        run_in_virtual_time(run())
+        play(plan_of(config, "short_tools", "sticky", 0.1), dead=True)
+
+
+def test_random_ages_are_the_same_for_every_policy(config):
+    plans = [plan_of(config, "short_tools", policy, 1.0) for policy in ("sticky", "thunder")]
+    first, second = (random_positions(plan.workload, seed=0, num_slots=plan.num_programs) for plan in plans)
+    assert first == second
+    assert len({position.num_turns_over for position in first}) > 4

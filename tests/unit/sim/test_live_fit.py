@@ -16,14 +16,17 @@ from thunder_rollout.sim.live_fit import LiveCell, read_bench, scale, scale_to_b
 
 def config(seed: int) -> SimulateConfig:
     return replace(
-        to_typed(SimulateConfig, compose_config("simulate", ["sim_engine.capacity_tokens=25600"])), seeds=[seed]
+        to_typed(SimulateConfig, compose_config("simulate", ["sim_engine.capacity_tokens=25600"])),
+        seeds=[seed],
+        warmup_lives=0.3,
+        measure_lives=0.5,
     )
 
 
 def cell(load: float, policy: str = "sticky", steps_per_min: float = 1.0) -> LiveCell:
     """As `config` has it: 8 programs fill 25,600 tokens twice."""
     num_programs = round(16.1 * load)
-    return LiveCell("short_tools", load, policy, (steps_per_min,), num_programs, None, warmup_s=8.0, measure_s=18.0)
+    return LiveCell("short_tools", load, policy, (steps_per_min,), num_programs, None)
 
 
 @pytest.mark.slow
@@ -51,14 +54,15 @@ def test_one_load_does_not_tell_two_factors() -> None:
 def row(seed: int, steps_per_min: float) -> dict[str, object]:
     return {
         "workload": "short_tools", "policy": "sticky", "load": 1.0, "seed": seed, "steps_per_min": steps_per_min,
-        "num_programs": 16, "warmup_s": 8.0, "measure_s": 18.0,
+        "num_programs": 16, "model": "qwen2_3m",
     }  # fmt: skip
 
 
 def test_repetitions_are_one_cell(tmp_path: Path) -> None:
-    (tmp_path / "bench.json").write_text(json.dumps([row(0, 90.0), row(1, 100.0), row(2, 140.0)]))
+    others = [{**row(0, 5.0), "workload": "groups"}, {**row(0, 5.0), "model": "qwen2_26m"}]  # not simulated
+    (tmp_path / "bench.json").write_text(json.dumps([row(0, 90.0), row(1, 100.0), row(2, 140.0), *others]))
     (read,) = read_bench(tmp_path / "bench.json")
-    assert read == LiveCell("short_tools", 1.0, "sticky", (90.0, 100.0, 140.0), 16, None, 8.0, 18.0)
+    assert read == LiveCell("short_tools", 1.0, "sticky", (90.0, 100.0, 140.0), 16, None)
     assert read.median == 100.0
 
 

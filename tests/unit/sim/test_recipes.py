@@ -45,7 +45,7 @@ def test_the_paper_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
 
 
 def live(load: float, policy: str, *steps_per_min: float) -> LiveCell:
-    return LiveCell("short_tools", load, policy, steps_per_min, 16, None, warmup_s=2.0, measure_s=4.0)
+    return LiveCell("short_tools", load, policy, steps_per_min, 16, None)
 
 
 def test_a_simulator_that_is_off_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,8 +69,7 @@ def test_a_simulator_that_is_off_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_bench_is_played_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     validate = load("validate_simulator", "validate.py", monkeypatch)
     windows = {
-        "workload": "short_tools", "load": 0.5, "warmup_s": 2.0, "measure_s": 4.0, "steps_per_min": 1000.0,
-        "num_programs": 16,
+        "workload": "short_tools", "load": 0.5, "model": "qwen2_3m", "steps_per_min": 1000.0, "num_programs": 16,
     }  # fmt: skip
     rows = [
         {**windows, "policy": policy, "max_programs": 8 if policy == "capped" else None}

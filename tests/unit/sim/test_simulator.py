@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tests.unit.sim.block_engine import BlockEngine
-from thunder_rollout.bench.config import WorkloadConfig
+from thunder_rollout.bench.config import ToolConfig, WorkloadConfig
 from thunder_rollout.core.config import POLICIES, SchedulerConfig
 from thunder_rollout.core.events import ProgramEnded, TurnRequested
 from thunder_rollout.core.policies.base import PolicyBase, ProgramView, View
@@ -20,7 +20,13 @@ from thunder_rollout.sim.workloads import make_workload, short_tools
 pytestmark = pytest.mark.slow
 
 WORKLOAD = short_tools(
-    WorkloadConfig(prompt_tokens=300, observation_tokens=150, output_tokens=30, num_turns=8, tool_s=0.1)
+    WorkloadConfig(
+        prompt_tokens=300,
+        observation_tokens=150,
+        output_tokens=30,
+        num_turns=8,
+        tools=[ToolConfig(name="shell", mean_s=0.1)],
+    )
 )
 PROFILE = EngineProfile(
     name="test",
