@@ -69,6 +69,25 @@ async def test_a_reduced_repository_is_one_to_work_in(make: MakeSandbox) -> None
         assert b"+x = 2" in await box.diff("HEAD")
 
 
+async def test_changes_that_an_image_came_with_are_not_the_agents(make: MakeSandbox) -> None:
+    image = (
+        "export GIT_AUTHOR_DATE='1700000000 +0000' GIT_COMMITTER_DATE='1700000000 +0000';"
+        "cd /testbed && git init -q && git add -A && git commit -qm base && git tag v1 && echo 'x = 3' > a.py &&"
+        "git commit -qam image && echo dirty > sub/b.txt && echo 1 > untracked && rm run.sh"
+    )
+    async with (
+        started(make, setup=image, base_commit="v1") as box,
+        started(make, setup=image, base_commit="v1") as twin,
+    ):
+        head = (await box.exec("git status --short; git rev-parse HEAD", timeout_s=10)).output
+        assert (await twin.exec("git rev-parse HEAD", timeout_s=10)).output == head
+        assert await box.diff("HEAD") == b""
+        await box.exec("echo 'x = 4' > a.py; rm untracked", timeout_s=10)
+        await twin.write_file("/tmp/patch", await box.diff("HEAD"))
+        applied = await twin.exec("git apply /tmp/patch && cat a.py sub/b.txt; ls", timeout_s=10)
+        assert applied.output == "x = 4\ndirty\na.py\nsub\n"
+
+
 async def test_a_base_commit_that_is_not_there_is_no_start(make: MakeSandbox) -> None:
     box = make(replace(SPEC, base_commit="0123456789012345678901234567890123456789"))
     with pytest.raises(SandboxFailed, match="reducing the repository to 0123"):

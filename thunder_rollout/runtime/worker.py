@@ -1,8 +1,9 @@
 """A rollout worker: runs whole samples, many at a time on one event loop.
 
 One sample: open the program, play the episode, take the diff, give up KV and sandbox, grade in a
-fresh sandbox, put the trajectory on disk. An infrastructure failure leaves nothing behind and is
-raised to the driver, which decides whether to try again.
+fresh sandbox, put the trajectory on disk. The grading sandbox starts once the agent has submitted or
+has one turn left, and so beside that turn, the diff and the release. An infrastructure failure
+leaves nothing behind and is raised to the driver, which decides whether to try again.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from typing import Protocol
 from thunder_rollout.agent.chat import ChatFormat
 from thunder_rollout.agent.config import AgentConfig
 from thunder_rollout.agent.loop import AgentLoop
-from thunder_rollout.agent.trajectory import Trajectory
+from thunder_rollout.agent.trajectory import Trajectory, TurnRecord
 from thunder_rollout.engine.protocol import Engine, Sampling
 from thunder_rollout.errors import GradingFailed
 from thunder_rollout.runtime.client import ProgramClient, SchedulerPort
+from thunder_rollout.runtime.lazy_sandbox import LazySandbox
 from thunder_rollout.runtime.store import FinishedSample, RunStore, SampleKey
-from thunder_rollout.sandbox.protocol import ExecResult, Sandbox, SandboxLimits, SandboxSpec
+from thunder_rollout.sandbox.protocol import Sandbox, SandboxLimits, SandboxSpec
 from thunder_rollout.tasks.environment import sandbox_spec, started
 from thunder_rollout.tasks.grading import Grade, GradingConfig, grade
 from thunder_rollout.tasks.task import Task
@@ -97,9 +99,13 @@ class RolloutWorker:
         """Run one sample to its parquet file. Raises `InfrastructureFailure`."""
         started_at = time.time()
         program = program_name(key, attempt)
-        trajectory, patch, wait_s = await self._episode(program, task)
-        grade_started = time.monotonic()
-        verdict = await self._grade(program, task, patch)
+        grader = LazySandbox(self._grader(grader_names(program, 1)[0], task))
+        try:
+            trajectory, patch, wait_s = await self._episode(program, task, grader)
+            grade_started = time.monotonic()
+            verdict = await self._grade(program, task, patch, grader)
+        finally:
+            await grader.stop()
         sample = FinishedSample(
             key=key,
             attempt=attempt,
@@ -122,14 +128,22 @@ class RolloutWorker:
         self._store.write(sample)
         return _outcome(sample, verdict)
 
-    async def _episode(self, program: str, task: Task) -> tuple[Trajectory, bytes, float]:
+    async def _episode(self, program: str, task: Task, grader: LazySandbox) -> tuple[Trajectory, bytes, float]:
         spec = self._spec(program, task, for_agent=True)
         sandbox = LazySandbox(self._sandboxes.sandbox(program, spec))
+        turns: list[TurnRecord] = []
+
+        def turn_ended(turn: TurnRecord) -> None:
+            turns.append(turn)
+            if len(turns) >= self._config.agent.max_turns - 1:
+                grader.begin()
+
         loop = AgentLoop(
             chat=self._chat,
             config=self._config.agent,
             sampling=self._config.sampling,
             max_model_len=self._config.max_model_len,
+            on_turn=turn_ended,
         )
         client = ProgramClient(
             program,
@@ -143,69 +157,36 @@ class RolloutWorker:
         )
         async with client:
             trajectory = await loop.run(task.problem_statement, client, sandbox)
+            if sandbox.started:
+                grader.begin()
             # From what the agent was given: an image's own commit may lie on top of base_commit.
             patch = await sandbox.diff("HEAD") if sandbox.started else b""
         return trajectory, patch, sandbox.wait_s
 
-    async def _grade(self, program: str, task: Task, patch: bytes) -> Grade:
+    async def _grade(self, program: str, task: Task, patch: bytes, early: LazySandbox) -> Grade:
         """Raises `GradingFailed` when every attempt failed."""
         *first, last = grader_names(program, self._config.grading_attempts)
+        sandboxes: list[Sandbox] = [early]
         for grader in first:
             with contextlib.suppress(GradingFailed):
-                return await self._grade_in(grader, task, patch)
-        return await self._grade_in(last, task, patch)
+                return await self._grade_in(grader, task, patch, sandboxes)
+        return await self._grade_in(last, task, patch, sandboxes)
 
-    async def _grade_in(self, grader: str, task: Task, patch: bytes) -> Grade:
+    async def _grade_in(self, grader: str, task: Task, patch: bytes, ready: list[Sandbox]) -> Grade:
+        """`ready` are sandboxes to use first."""
         return await grade(
             task,
             patch,
-            lambda: started(self._sandboxes.sandbox(grader, self._spec(grader, task))),
+            lambda: started(ready.pop() if ready else self._grader(grader, task)),
             config=self._config.grading,
         )
+
+    def _grader(self, name: str, task: Task) -> Sandbox:
+        return self._sandboxes.sandbox(name, self._spec(name, task))
 
     def _spec(self, program: str, task: Task, *, for_agent: bool = False) -> SandboxSpec:
         labels = {"run": self._config.run, "program": program, "task": task.instance_id}
         return sandbox_spec(task, for_agent=for_agent, limits=self._config.limits, labels=labels)
-
-
-class LazySandbox:
-    """Starts its sandbox at the first use, so that starting overlaps the first turn; `wait_s` is
-    how long the agent then stood waiting."""
-
-    def __init__(self, inner: Sandbox) -> None:
-        self._inner = inner
-        self.started = False
-        self.wait_s = 0.0
-
-    async def start(self) -> None:
-        if not self.started:
-            before = time.monotonic()
-            await self._inner.start()
-            self.wait_s = time.monotonic() - before
-            self.started = True
-
-    async def exec(self, command: str, *, timeout_s: float) -> ExecResult:
-        await self.start()
-        return await self._inner.exec(command, timeout_s=timeout_s)
-
-    async def read_file(self, path: str) -> bytes:
-        await self.start()
-        return await self._inner.read_file(path)
-
-    async def write_file(self, path: str, content: bytes) -> None:
-        await self.start()
-        await self._inner.write_file(path, content)
-
-    async def diff(self, base_commit: str) -> bytes:
-        await self.start()
-        return await self._inner.diff(base_commit)
-
-    async def clear(self) -> None:
-        await self.start()
-        await self._inner.clear()
-
-    async def stop(self) -> None:
-        await self._inner.stop()
 
 
 def _outcome(sample: FinishedSample, verdict: Grade) -> SampleOutcome:

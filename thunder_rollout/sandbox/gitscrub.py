@@ -1,13 +1,16 @@
 """The script that leaves a repository with nothing but its base commit and what led to it.
 
-The git folder is made anew from an allow list: one branch at the base commit, the tags that lie in
-its past (versions are read from them), the objects reachable from it, submodules, and an index that
-matches it. So whatever else might hold the answer is gone: later commits, other branches, remotes,
-reflogs, stashes, notes, configuration, alternates, and objects that nothing refers to, packed or
-loose. Files of the work tree stay as they are.
+The git folder is made anew from an allow list: one branch, the tags that lie in the base commit's past
+(versions are read from them), the objects reachable from it, and submodules. So whatever else might
+hold the answer is gone: later commits, other branches, remotes, reflogs, stashes, notes,
+configuration, alternates, and objects that nothing refers to, packed or loose.
+
+Files of the work tree stay as they are. Where they are not the base commit's (an image may come with
+changes of its own, committed or not), they are one commit on top of it, the same in every sandbox of
+the image: what an agent changes is what differs from HEAD.
 
 Packs are rewritten only if they hold an object that has to go; otherwise the cost is that of
-listing the base commit's objects.
+listing the base commit's objects and reading the work tree once.
 """
 
 from __future__ import annotations
@@ -50,6 +53,12 @@ rm .git/tags
 git symbolic-ref HEAD refs/heads/main
 git update-ref refs/heads/main "$base"
 git read-tree "$base"
-git update-index -q --refresh || true
+git add -A . 2>/dev/null
+tree=$(git write-tree)
+if [ "$tree" != "$(git rev-parse "$base^{tree}")" ]; then
+    export GIT_AUTHOR_NAME=image GIT_AUTHOR_EMAIL=image@localhost GIT_AUTHOR_DATE="$(git log -1 --format=%cI "$base")"
+    export GIT_COMMITTER_NAME=image GIT_COMMITTER_EMAIL=image@localhost GIT_COMMITTER_DATE="$GIT_AUTHOR_DATE"
+    git update-ref refs/heads/main "$(git commit-tree "$tree" -p "$base" -m "What the image changed")"
+fi
 rm -rf .git/logs
 """

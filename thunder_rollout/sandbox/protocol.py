@@ -26,8 +26,9 @@ class SandboxSpec:
     `image` names a Docker image (ignored by `local`, which shows the host's own programs read
     only). `files` maps absolute paths to contents put in place first; then `setup`, one shell
     command, runs once as root in `/`. `workdir` is where commands run; it must exist after setup.
-    With a `base_commit`, the repository there then loses all but that commit and its past: no later
-    commit, remote, reflog, stash or unreferenced object is left to read an answer from.
+    With a `base_commit`, the repository there then loses all but that commit and its past (see
+    `gitscrub`): no later commit, remote, reflog, stash or unreferenced object is left to read an
+    answer from. Changes that the image came with are one commit on top of it.
     `labels` mark everything the sandbox owns (run, program, task).
     """
 
