@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from thunder_rollout.engine.cache_report import CacheChanges
 from thunder_rollout.engine.config import EngineConfig
+from thunder_rollout.engine.hashing import block_hashes
 from thunder_rollout.engine.protocol import Engine, EngineStats, GenerateRequest, Generation, Sampling
 from thunder_rollout.errors import RequestError
 
@@ -241,3 +243,97 @@ async def test_statistics_add_up(engine: Engine) -> None:
     assert after.prompt_tokens - before.prompt_tokens == 200
     assert after.cached_tokens - before.cached_tokens == 96
     assert after.output_tokens - before.output_tokens == 40
+
+
+def hits(resident: set[int], prompt_ids: list[int]) -> int:
+    """Tokens of the prompt that a cache of these blocks would serve; the last token is always computed."""
+    hashes = block_hashes(prompt_ids[:-1], CONFIG.block_size)
+    return CONFIG.block_size * sum(1 for _ in itertools.takewhile(resident.__contains__, hashes))
+
+
+async def follow(engine: Engine, resident: set[int], *, whole: bool = False) -> CacheChanges:
+    """Bring `resident` up to date by what the engine reports."""
+    changes = await engine.cache_changes(whole=whole)
+    assert changes is not None
+    if changes.whole:
+        resident.clear()
+    assert resident.isdisjoint(changes.stored), "stored twice"
+    assert resident.issuperset(changes.removed), "removed and never stored"
+    resident -= set(changes.removed)
+    resident |= set(changes.stored)
+    return changes
+
+
+async def test_what_the_cache_is_said_to_hold_is_what_hits(engine: Engine) -> None:
+    """Through growth, forks, and more programs than fit: the oldest are evicted."""
+    await settled(engine)
+    resident: set[int] = set()
+    await follow(engine, resident, whole=True)
+    programs = [new_prompt(300 + 50 * number) for number in range(12)]
+    seen = set()
+    for number in (*range(12), 0, 11, 5, 10):
+        prompt = programs[number]
+        if number == 10:
+            prompt = [*prompt[:100], *new_prompt(250)]
+        await follow(engine, resident)
+        expected = hits(resident, prompt)
+        generation = await run(engine, prompt)
+        assert generation.cached_tokens == expected
+        seen.add(expected)
+        programs[number] = [*prompt, *generation.token_ids, *new_prompt(40)]
+    assert {0, 96} < seen
+    assert len(resident) <= 4096 // 32
+
+
+async def test_copies_of_one_prefix_are_one(engine: Engine) -> None:
+    """Two turns that compute the same blocks at once hold them twice; one copy may go before the other."""
+    await settled(engine)
+    resident: set[int] = set()
+    await follow(engine, resident, whole=True)
+    prompt = new_prompt(1000)
+    await asyncio.gather(run(engine, prompt, max_tokens=1), run(engine, prompt, max_tokens=60))
+    await follow(engine, resident)
+    for _ in range(6):
+        assert hits(resident, prompt) == (await run(engine, prompt, max_tokens=1)).cached_tokens
+        await run(engine, new_prompt(1900), max_tokens=1)
+        await follow(engine, resident)
+
+
+async def test_changes_are_told_once_and_all_of_them_when_asked(engine: Engine) -> None:
+    await settled(engine)
+    await run(engine, new_prompt(100))
+    await settled(engine)
+    whole = await engine.cache_changes(whole=True)
+    again = await engine.cache_changes()
+    assert whole is not None
+    assert whole.whole
+    assert whole.stored
+    assert again == CacheChanges(stored=(), removed=(), whole=False)
+
+
+async def test_a_cache_that_was_reset_holds_nothing_and_then_what_came_after(engine: Engine) -> None:
+    """Also before the next turn, and before what came ahead of the reset was ever asked for."""
+    await settled(engine)
+    resident: set[int] = set()
+    await follow(engine, resident, whole=True)
+    prompt = new_prompt(100)
+    await run(engine, prompt)
+    await settled(engine)
+    await engine.reset_prefix_cache()
+    await follow(engine, resident)
+    assert resident == set()
+    await run(engine, prompt)
+    await follow(engine, resident)
+    assert hits(resident, prompt) == 96
+
+
+async def test_a_reset_under_way_spares_what_is_known_of_running_turns(engine: Engine) -> None:
+    resident: set[int] = set()
+    prompt = new_prompt(100)
+    turn = asyncio.create_task(run(engine, prompt, max_tokens=200))
+    await asyncio.sleep(0.05)
+    await engine.reset_prefix_cache()
+    generation = await turn
+    await follow(engine, resident, whole=True)
+    again = [*prompt, *generation.token_ids]
+    assert hits(resident, again) == (await run(engine, again, max_tokens=1)).cached_tokens > 0

@@ -89,6 +89,7 @@ async def test_another_engine_argument_is_refused_by_name(engine: VllmEngine) ->
         ({"max_logprob": 1}, r"engine\.extra\.max_logprob: .*did you mean engine\.extra\.max_logprobs"),
         ({"model": "x"}, r"engine\.extra\.model: .*use engine\.model"),
         ({"num_gpu_blocks_override": 9}, r"use engine\.kv_cache_tokens"),
+        ({"kv_events_config": None}, r"use engine\.kv_events"),
         ({"scheduling_policy": "no"}, r"engine: vLLM refuses this configuration"),
     ):
         other = VllmEngine(replace(engine._config, extra=extra))

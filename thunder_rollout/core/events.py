@@ -113,15 +113,17 @@ class BackendDown:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackendStats:
-    """What the engine itself reports; `stored` and `removed` are block hashes."""
+    """What the engine itself reports. `stored` and `removed` are the block hashes that its cache took in
+    and gave up since the last report or, with `whole`, `stored` is all it holds; None: not known."""
 
     backend: str
     generation: int
     used_tokens: int | None = None
     running: int | None = None
     waiting: int | None = None
-    stored: tuple[int, ...] = ()
+    stored: tuple[int, ...] | None = None
     removed: tuple[int, ...] = ()
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,14 +1,13 @@
 """Who shares which KV blocks: one path-compressed tree over block hashes for all backends.
 
 A block's hash names the whole prefix up to it (equal hash, equal prefix), so two sequences are
-compared by bisection and a longer prompt by one look at the old end. A `_Run` is a stretch of
+compared by bisection and a longer prompt by one look at the old end. A `Run` is a stretch of
 blocks that is followed by one continuation only; on it are marked
 
 - how many programs pass through it, and how many of those are bound to each backend: a backend is
   charged for a run once, however many of its programs share it (`unique_blocks`);
-- how many of its leading blocks each backend holds in its cache as far as we know (`hold`). A
-  backend's holds are bounded by its pool; beyond that the least recently used go, a sequence's
-  tail before its head, as engines do it.
+- how many of its leading blocks each backend holds in its cache as far as we know (`hold`,
+  `report`); `core.residency` keeps that, within the backend's pool.
 
 Costs grow with the runs that differ, not with blocks. Invariants: a program ends where a run
 ends; a run is kept while a program passes through it, a backend holds some of it or a longer run
@@ -18,51 +17,29 @@ needs it; `unique_blocks` is the sum over runs that a program bound to the backe
 from __future__ import annotations
 
 from array import array
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
+from thunder_rollout.core.residency import Pool, Run
 from thunder_rollout.errors import BadEvent
-
-
-class _Run:
-    __slots__ = ("bound", "children", "hashes", "held", "num_programs", "parent")
-
-    def __init__(self, hashes: array[int], parent: _Run | None) -> None:
-        self.hashes = hashes
-        self.parent = parent
-        self.children: dict[int, _Run] = {}  # by first hash
-        self.num_programs = 0
-        self.bound: dict[str, int] = {}  # backend -> programs
-        self.held: dict[str, int] = {}  # backend -> leading blocks
 
 
 @dataclass(slots=True)
 class _Path:
     """Where a program's sequence ends."""
 
-    run: _Run
+    run: Run
     num_blocks: int
     backend: str | None = None
-
-
-@dataclass(slots=True)
-class _Pool:
-    """One backend's blocks."""
-
-    max_blocks: int
-    num_unique: int = 0
-    num_held: int = 0
-    recent: OrderedDict[_Run, None] = field(default_factory=OrderedDict)  # held runs, least recently used first
 
 
 class PrefixTree:
     """See the module. Programs and backends are named by strings; a program is bound to one backend."""
 
     def __init__(self) -> None:
-        self._root = _Run(array("Q"), None)
+        self._root = Run(array("Q"), None)
         self._paths: dict[str, _Path] = {}
-        self._pools: dict[str, _Pool] = {}
+        self._pools: dict[str, Pool] = {}
 
     def __contains__(self, program: str) -> bool:
         return program in self._paths
@@ -71,9 +48,9 @@ class PrefixTree:
 
     def add_backend(self, backend: str, max_blocks: int) -> None:
         """A new pool, or a new size for a known one."""
-        pool = self._pools.setdefault(backend, _Pool(max_blocks))
+        pool = self._pools.setdefault(backend, Pool(backend, max_blocks))
         pool.max_blocks = max_blocks
-        self._evict(backend, pool)
+        self._evict(pool)
 
     def remove_backend(self, backend: str) -> None:
         """No program may be bound to it any more."""
@@ -83,13 +60,7 @@ class PrefixTree:
 
     def forget_held(self, backend: str) -> None:
         """Its cache is empty now."""
-        pool = self._pools[backend]
-        for run in pool.recent:
-            del run.held[backend]
-        runs = list(pool.recent)
-        pool.recent.clear()
-        pool.num_held = 0
-        for run in runs:
+        for run in self._pools[backend].forget():
             self._prune(run)
 
     def unique_blocks(self, backend: str) -> int:
@@ -116,7 +87,7 @@ class PrefixTree:
             self._charge(path.backend, len(rest))
         else:
             if rest is not None:
-                run.children[rest[0]] = _Run(rest, run)
+                run.children[rest[0]] = Run(rest, run)
                 run = run.children[rest[0]]
             self._move(path, run, fork)
         path.num_blocks = len(hashes)
@@ -169,6 +140,17 @@ class PrefixTree:
 
     # What caches hold
 
+    def start_turn(self, program: str, backend: str) -> None:
+        """A turn of the program begins there: it uses the whole sequence until `end_turn`."""
+        self._pools[backend].running[program] += 1
+        self.hold(program, backend)
+
+    def end_turn(self, program: str, backend: str) -> None:
+        running = self._pools[backend].running
+        running[program] -= 1
+        if not running[program]:
+            del running[program]
+
     def hold(self, program: str, backend: str, num_blocks: int | None = None) -> None:
         """`backend` just used the leading `num_blocks` (default: all) of the program's sequence."""
         path = self._paths.get(program)
@@ -181,13 +163,34 @@ class PrefixTree:
             start = end - len(run.hashes)
             held = min(end, limit) - start
             if held > 0:
-                old = run.held.get(backend, 0)
-                run.held[backend] = max(old, held)
-                pool.num_held += max(old, held) - old
-                pool.recent[run] = None
-                pool.recent.move_to_end(run)
+                pool.use(run, held)
             end = start
-        self._evict(backend, pool)
+        self._evict(pool)
+
+    def report(
+        self,
+        backend: str,
+        stored: Collection[int] | None,
+        removed: Collection[int] = (),
+        *,
+        whole: bool = False,
+        late: Iterable[str] = (),
+    ) -> int | None:
+        """The engine's news of what it holds (see `Pool.report`) corrects what is believed held, but for the
+        sequences of programs with turns in flight, or whose turn ended too `late` for the news to know.
+
+        Returns the blocks that belief was wrong about; None where the engine's blocks aren't known. Costs
+        the news' hashes and, for each run held there, the logarithm of its length."""
+        pool = self._pools[backend]
+        for run in pool.report(stored, removed, whole=whole):
+            self._prune(run)
+        if pool.resident is None:
+            return None
+        num_wrong, gone = pool.compare(self._runs((*late, *pool.running)))
+        for run in gone:
+            self._prune(run)
+        self._evict(pool)
+        return num_wrong
 
     def held_blocks(self, program: str, backend: str) -> int:
         """How many leading blocks of the program's sequence `backend` holds."""
@@ -206,13 +209,14 @@ class PrefixTree:
         path = self._paths.get(program)
         if path is not None:
             for run in self._up(path.run, self._root):
-                if run.held:
-                    yield from run.held
+                names = [backend for backend, num_blocks in run.held.items() if num_blocks]
+                if names:
+                    yield from names
                     return
 
     # Inside
 
-    def _fork(self, path: _Path, hashes: Sequence[int]) -> tuple[_Run, int]:
+    def _fork(self, path: _Path, hashes: Sequence[int]) -> tuple[Run, int]:
         """The end of what `hashes` shares with the path, as a run that ends there."""
         run, end = path.run, path.num_blocks
         while run.parent is not None:
@@ -225,7 +229,7 @@ class PrefixTree:
             run, end = run.parent, start
         return run, 0
 
-    def _descend(self, run: _Run, depth: int, hashes: Sequence[int]) -> tuple[_Run, int]:
+    def _descend(self, run: Run, depth: int, hashes: Sequence[int]) -> tuple[Run, int]:
         """Follow `hashes` from the end of `run`, which is at `depth`, as far as it is known."""
         while depth < len(hashes) and (child := run.children.get(hashes[depth])) is not None:
             num_shared = _num_shared(child.hashes, hashes, depth)
@@ -235,30 +239,23 @@ class PrefixTree:
             run = child
         return run, depth
 
-    def _split(self, run: _Run, num_blocks: int) -> _Run:
+    def _split(self, run: Run, num_blocks: int) -> Run:
         """Cut `run` after `num_blocks`; returns the upper part, a new run."""
         assert run.parent is not None
-        upper = _Run(run.hashes[:num_blocks], run.parent)
+        upper = Run(run.hashes[:num_blocks], run.parent)
         run.parent.children[upper.hashes[0]] = upper
         run.hashes = run.hashes[num_blocks:]
         run.parent = upper
         upper.children[run.hashes[0]] = run
         upper.num_programs = run.num_programs
         upper.bound = dict(run.bound)
-        for backend, held in list(run.held.items()):
-            pool = self._pools[backend]
-            upper.held[backend] = min(held, num_blocks)
-            pool.recent[upper] = None
-            if held > num_blocks:
-                run.held[backend] = held - num_blocks
-            else:
-                del run.held[backend]
-                del pool.recent[run]
+        for backend in list(run.held):
+            self._pools[backend].divide(upper, run)
         if not (run.num_programs or run.children or run.held):
             del upper.children[run.hashes[0]]  # only what was cut off the other part was held
         return upper
 
-    def _move(self, path: _Path, run: _Run, fork: _Run) -> None:
+    def _move(self, path: _Path, run: Run, fork: Run) -> None:
         """The path ends at `run` now; both ends are at or below `fork`."""
         for joined in self._up(run, fork):
             joined.num_programs += 1
@@ -272,25 +269,28 @@ class PrefixTree:
         path.run = run
         self._prune(left)
 
-    def _prune(self, run: _Run) -> None:
+    def _prune(self, run: Run) -> None:
         while run.parent is not None and not (run.num_programs or run.children or run.held):
             if run.parent.children.get(run.hashes[0]) is run:
                 del run.parent.children[run.hashes[0]]
             run = run.parent
 
-    def _evict(self, backend: str, pool: _Pool) -> None:
-        while pool.num_held > pool.max_blocks:
-            run = next(iter(pool.recent))
-            num_kept = max(0, run.held[backend] - (pool.num_held - pool.max_blocks))
-            pool.num_held -= run.held[backend] - num_kept
-            if num_kept:
-                run.held[backend] = num_kept
-            else:
-                del run.held[backend]
-                del pool.recent[run]
+    def _evict(self, pool: Pool) -> None:
+        if pool.num_over > 0:
+            in_use = self._runs(pool.running) if pool.resident is not None else {}
+            for run in pool.evict(in_use):
                 self._prune(run)
 
-    def _count(self, run: _Run, backend: str, sign: int) -> None:
+    def _runs(self, programs: Iterable[str]) -> dict[Run, None]:
+        """The runs of their sequences, in the order in which a use of each, one after the other, leaves them."""
+        runs: dict[Run, None] = {}
+        for name in programs:
+            for run in self._up(self._paths[name].run, self._root) if name in self._paths else ():
+                runs.pop(run, None)
+                runs[run] = None
+        return runs
+
+    def _count(self, run: Run, backend: str, sign: int) -> None:
         old = run.bound.get(backend, 0)
         if old + sign:
             run.bound[backend] = old + sign
@@ -306,7 +306,7 @@ class PrefixTree:
             self._pools[backend].num_unique += num_blocks
 
     @staticmethod
-    def _up(run: _Run, stop: _Run) -> Iterator[_Run]:
+    def _up(run: Run, stop: Run) -> Iterator[Run]:
         while run is not stop:
             yield run
             assert run.parent is not None

@@ -98,7 +98,7 @@ class Scheduler:
         return self._decisions
 
     def snapshot(self) -> SchedulerSnapshot:
-        return self._state.snapshot()
+        return self._state.snapshot(self._policy.drift_tokens)
 
     def waiting_order(self) -> list[str]:
         """The programs of the queue in restore order, as of the last event."""

@@ -20,6 +20,7 @@ class BackendSnapshot:
     num_acting: int
     num_marked: int
     num_in_flight: int
+    drift_tokens: int | None  # believed cached and not, and cached and not believed; None: the engine doesn't tell
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

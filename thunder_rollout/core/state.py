@@ -79,9 +79,9 @@ class State:
         held = [(program, pending) for program in self._held.values() for pending in program.pending.values()]
         return sorted(held, key=lambda item: item[1].seq)
 
-    def snapshot(self) -> SchedulerSnapshot:
+    def snapshot(self, drift_tokens: Callable[[str], int | None] = lambda backend: None) -> SchedulerSnapshot:
         return SchedulerSnapshot(
-            backends=tuple(_snapshot_of(self.backends[name]) for name in sorted(self.backends)),
+            backends=tuple(_snapshot_of(self.backends[name], drift_tokens(name)) for name in sorted(self.backends)),
             num_programs=len(self.programs),
             num_waiting_returning=self.queue.count(Kind.RETURNING),
             num_waiting_new=self.queue.count(Kind.NEW),
@@ -240,7 +240,7 @@ class State:
             self._idle[backend.name] = backend
 
 
-def _snapshot_of(backend: Backend) -> BackendSnapshot:
+def _snapshot_of(backend: Backend, drift_tokens: int | None) -> BackendSnapshot:
     return BackendSnapshot(
         backend=backend.name,
         generation=backend.generation,
@@ -253,4 +253,5 @@ def _snapshot_of(backend: Backend) -> BackendSnapshot:
         num_acting=backend.num_acting,
         num_marked=backend.num_marked,
         num_in_flight=backend.num_in_flight,
+        drift_tokens=drift_tokens,
     )

@@ -7,6 +7,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from thunder_rollout.engine.cache_report import CacheChanges
 from thunder_rollout.engine.config import EngineConfig, check_resources
 from thunder_rollout.engine.factory import create_engine
 from thunder_rollout.engine.host import EngineHost
@@ -42,6 +43,9 @@ class EngineActor:
 
     async def reset_prefix_cache(self) -> None:
         await self._engine.reset_prefix_cache()
+
+    async def cache_changes(self, *, whole: bool = False) -> CacheChanges | None:
+        return await self._engine.cache_changes(whole=whole)
 
     async def stop(self) -> None:
         await self._engine.stop()

@@ -15,7 +15,7 @@ bear it.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
 
@@ -103,6 +103,10 @@ class BlockPool:
         """Drop the hash of every block that nobody holds."""
         for block in self._free:
             self._forget(block)
+
+    def cached_hashes(self) -> Collection[int]:
+        """Of every block that `match` could find."""
+        return self._by_hash.keys()
 
     def stats(self) -> PoolStats:
         return PoolStats(

@@ -47,6 +47,7 @@ class EngineConfig:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     enable_prefix_caching: bool = True
+    kv_events: bool = True  # tell the scheduler which blocks the cache really holds
     release_on_pause: bool = False  # what paused and ended programs left in the cache goes first, before LRU
     enforce_eager: bool = False
     logprobs_mode: str = "raw_logprobs"
@@ -89,6 +90,12 @@ class EngineConfig:
     @property
     def num_kv_blocks(self) -> int | None:
         return None if self.kv_cache_tokens is None else self.kv_cache_tokens // self.block_size
+
+    @property
+    def publishes_kv_events(self) -> bool:
+        """Ranks of data parallelism have a cache each, and no one of them is what the scheduler sees."""
+        single = self.extra.get("data_parallel_size", 1) == 1
+        return self.kv_events and self.enable_prefix_caching and single
 
     @property
     def gpus(self) -> float:

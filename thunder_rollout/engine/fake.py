@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from thunder_rollout.core.events import FinishReason
+from thunder_rollout.engine.cache_report import CacheChanges, CacheReport
 from thunder_rollout.engine.config import EngineConfig
 from thunder_rollout.engine.hashing import ROOT_HASH, chain_hash
 from thunder_rollout.engine.model import EngineModel, EngineShape, EngineTiming
@@ -70,6 +71,8 @@ class FakeEngine:
         self._releases = config.release_on_pause
         self._script = script
         self._model = EngineModel(self._shape, timing or EngineTiming())
+        self._report = CacheReport()
+        self._publishes_kv_events = config.publishes_kv_events
         self._pending: dict[str, _Pending] = {}
         self._work = asyncio.Event()
         self._runner: asyncio.Task[None] | None = None
@@ -138,6 +141,12 @@ class FakeEngine:
     async def reset_prefix_cache(self) -> None:
         self._check_alive()
         self._model.forget_cache()
+
+    async def cache_changes(self, *, whole: bool = False) -> CacheChanges | None:
+        self._check_alive()
+        if not self._publishes_kv_events:
+            return None
+        return self._report.changes(self._model.cached_hashes(), whole=whole)
 
     async def stop(self) -> None:
         self.die("it was stopped")

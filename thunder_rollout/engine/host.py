@@ -18,6 +18,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+from thunder_rollout.engine.cache_report import CacheChanges
 from thunder_rollout.engine.protocol import Engine, EngineInfo, EngineStats, GenerateRequest, Generation
 from thunder_rollout.engine.result_check import what_is_wrong
 from thunder_rollout.errors import EngineDied
@@ -84,6 +85,9 @@ class EngineHost:
 
     async def reset_prefix_cache(self) -> None:
         await self.engine.reset_prefix_cache()
+
+    async def cache_changes(self, *, whole: bool = False) -> CacheChanges | None:
+        return await self.engine.cache_changes(whole=whole)
 
     async def stop(self) -> None:
         await self._end(EngineDied("the engine was stopped"))

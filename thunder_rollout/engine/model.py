@@ -18,7 +18,7 @@ takes the tokens it yields.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from thunder_rollout.engine.block_pool import BlockPool, PoolStats
@@ -152,6 +152,9 @@ class EngineModel:
     def forget_cache(self) -> None:
         """Forget every cached block that no running turn holds."""
         self._pool.forget_free()
+
+    def cached_hashes(self) -> Collection[int]:
+        return self._pool.cached_hashes()
 
     def begin_step(self) -> Step | None:
         """Schedule the next step; None if there is nothing to do."""

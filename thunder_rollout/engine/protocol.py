@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from thunder_rollout.engine.cache_report import CacheChanges
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
@@ -107,6 +109,10 @@ class Engine(Protocol):
 
     async def reset_prefix_cache(self) -> None:
         """Forget every cached block that no running turn holds."""
+
+    async def cache_changes(self, *, whole: bool = False) -> CacheChanges | None:
+        """What the prefix cache took in and gave up since the last call (`whole`: all it holds); for one
+        caller. None while that isn't known, from an engine without block events always."""
 
     async def stop(self) -> None:
         """Idempotent; frees the model and its processes."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import ray
 
+from thunder_rollout.engine.cache_report import CacheChanges
 from thunder_rollout.engine.protocol import EngineInfo, EngineStats, GenerateRequest, Generation
 from thunder_rollout.errors import EngineDied
 from thunder_rollout.remote import remote_call
@@ -36,6 +37,10 @@ class RemoteEngine:
 
     async def reset_prefix_cache(self) -> None:
         await self._call(self._handle.reset_prefix_cache.remote())
+
+    async def cache_changes(self, *, whole: bool = False) -> CacheChanges | None:
+        changes: CacheChanges | None = await self._call(self._handle.cache_changes.remote(whole=whole))
+        return changes
 
     def kill(self) -> None:
         """End the actor's process, whatever state it is in; Ray makes it anew."""

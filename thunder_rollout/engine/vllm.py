@@ -16,7 +16,9 @@ from dataclasses import fields
 from typing import Any
 
 from thunder_rollout.core.events import FinishReason
+from thunder_rollout.engine.cache_report import CacheChanges
 from thunder_rollout.engine.config import EngineConfig, check_model_folder
+from thunder_rollout.engine.kv_events import BUFFER_STEPS, KvEvents
 from thunder_rollout.engine.protocol import EngineInfo, EngineStats, GenerateRequest, Generation
 from thunder_rollout.engine.request_check import RequestLimits, check_request
 from thunder_rollout.engine.vllm_offload import offload_arguments, offload_tokens
@@ -35,6 +37,7 @@ _FIELDS = {
     "num_gpu_blocks_override": "kv_cache_tokens",
     "kv_offloading_size": "kv_offload_gib",
     "kv_transfer_config": "kv_offload_gib",
+    "kv_events_config": "kv_events",
 }
 
 # vLLM reports a repeated pattern (its own detector) under a reason of its own; it ended the turn.
@@ -55,12 +58,15 @@ class VllmEngine:
         self._totals = {"prompt": 0, "cached": 0, "output": 0}
         self._limits: RequestLimits
         self._capacity_tokens = 0
+        self._events: KvEvents | None = None
 
     async def start(self) -> EngineInfo:
         if self._loading is not None:
             raise ConfigError("an engine starts once; make another")
         check_model_folder(self._config.model)
-        self._loading = asyncio.create_task(asyncio.to_thread(_load, self._config, self._gauges))
+        if self._config.publishes_kv_events:
+            self._events = KvEvents()
+        self._loading = asyncio.create_task(asyncio.to_thread(_load, self._config, self._gauges, self._events))
         self._engine = await asyncio.shield(self._loading)
         vllm_config = self._engine.vllm_config
         self._releases = self._config.release_on_pause and vllm_config.scheduler_config.scheduler_cls is not None
@@ -71,6 +77,8 @@ class VllmEngine:
             capacity_tokens=self._capacity_tokens,
             seeds=self._config.device != "cpu",
         )
+        if self._events is not None:
+            self._events.start(vllm_config.cache_config.block_size)
         return EngineInfo(
             capacity_tokens=self._capacity_tokens,
             block_size=vllm_config.cache_config.block_size,
@@ -122,6 +130,12 @@ class VllmEngine:
         offloads = self._config.kv_offload_gib > 0
         if not await engine.reset_prefix_cache(reset_connector=offloads):
             await engine.reset_prefix_cache(reset_running_requests=True, reset_connector=offloads)
+        if self._events is not None:
+            self._events.note_cleared()
+
+    async def cache_changes(self, *, whole: bool = False) -> CacheChanges | None:
+        self._alive()
+        return await self._events.changes(whole=whole) if self._events is not None else None
 
     async def stop(self) -> None:
         self._stopped = True
@@ -130,6 +144,8 @@ class VllmEngine:
         await asyncio.wait([self._loading])
         if not self._loading.cancelled() and self._loading.exception() is None:
             await asyncio.to_thread(self._loading.result().shutdown, _STOP_GRACE_S)
+        if self._events is not None:
+            self._events.close()
 
     def _running(self) -> Any:
         if self._engine is None or self._stopped:
@@ -207,7 +223,7 @@ class _Gauges:
             self.preemptions += iteration_stats.num_preempted_reqs
 
 
-def _load(config: EngineConfig, gauges: _Gauges) -> Any:
+def _load(config: EngineConfig, gauges: _Gauges, events: KvEvents | None) -> Any:
     """Import vLLM and start an `AsyncLLM`; takes seconds to minutes, so it runs in a thread."""
     if "vllm" not in sys.modules:
         os.environ.update(config.environment())
@@ -226,7 +242,7 @@ def _load(config: EngineConfig, gauges: _Gauges) -> Any:
             pass
 
     try:
-        args = AsyncEngineArgs(**_engine_arguments(config, {f.name for f in fields(AsyncEngineArgs)}))
+        args = AsyncEngineArgs(**_engine_arguments(config, {f.name for f in fields(AsyncEngineArgs)}, events))
         vllm_config = args.create_engine_config()
         if config.release_on_pause:
             make_releasing(vllm_config)
@@ -240,7 +256,7 @@ def _load(config: EngineConfig, gauges: _Gauges) -> Any:
         raise EngineDied(f"engine {config.model} did not start ({error}); {_SEE_LOG}") from error
 
 
-def _engine_arguments(config: EngineConfig, known: set[str]) -> dict[str, Any]:
+def _engine_arguments(config: EngineConfig, known: set[str], events: KvEvents | None) -> dict[str, Any]:
     own = {
         "model": os.path.expanduser(config.model),
         "dtype": config.dtype,
@@ -258,6 +274,7 @@ def _engine_arguments(config: EngineConfig, known: set[str]) -> dict[str, Any]:
         "seed": config.seed,
         # vLLM keeps one block for itself
         "num_gpu_blocks_override": None if config.num_kv_blocks is None else config.num_kv_blocks + 1,
+        "kv_events_config": _kv_events_config(events),
         **offload_arguments(config.kv_offload_gib),
     }
     for name in config.extra:
@@ -275,6 +292,20 @@ def _exit_code(engine: Any) -> int | None:
     manager = engine.engine_core.resources.engine_manager
     codes = [process.exitcode for process in manager.processes]
     return next((code for code in codes if code is not None), None)
+
+
+def _kv_events_config(events: KvEvents | None) -> Any:
+    if events is None:
+        return None
+    from vllm.config import KVEventsConfig
+
+    return KVEventsConfig(
+        enable_kv_cache_events=True,
+        publisher="zmq",
+        endpoint=events.endpoint,
+        replay_endpoint=events.replay_endpoint,
+        buffer_steps=BUFFER_STEPS,
+    )
 
 
 def _executor(config: EngineConfig) -> Any:

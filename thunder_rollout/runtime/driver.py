@@ -189,6 +189,8 @@ def _wandb_values(session: _Session) -> dict[str, float]:
     for backend in metrics.scheduler.backends:
         values[f"thunder/backend/{backend.backend}/demand"] = backend.demand_tokens / backend.capacity_tokens
         values[f"thunder/backend/{backend.backend}/running"] = float(backend.num_in_flight)
+        if backend.drift_tokens is not None:
+            values[f"thunder/backend/{backend.backend}/drift"] = backend.drift_tokens / backend.capacity_tokens
     if outcomes:
         values["critic/score/mean"] = sum(o.reward for o in outcomes) / len(outcomes)
         values["num_turns/mean"] = sum(o.num_turns for o in outcomes) / len(outcomes)

@@ -15,12 +15,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Protocol
+from collections.abc import Awaitable
+from typing import Protocol, TypeVar
 
 from thunder_rollout.core.events import BackendDown, BackendStats, BackendUp, Event
+from thunder_rollout.engine.cache_report import CacheChanges
 from thunder_rollout.engine.config import EngineConfig
 from thunder_rollout.engine.protocol import EngineInfo, EngineStats
 from thunder_rollout.errors import ConfigError, EngineDied
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +37,8 @@ class RestartableEngine(Protocol):
     async def start(self) -> EngineInfo: ...
 
     async def stats(self) -> EngineStats: ...
+
+    async def cache_changes(self, *, whole: bool = False) -> CacheChanges | None: ...
 
     def kill(self) -> None:
         """End its process, whatever state it is in; `start` then begins in a new one."""
@@ -58,6 +64,7 @@ class EngineSupervisor:
         self._scheduler = scheduler
         self._config = config
         self._num_in_a_row = 0
+        self._cache_told_of: int | None = None  # the generation whose cache the scheduler knows
 
     async def announce(self) -> None:
         """From here on the scheduler may send it programs."""
@@ -78,22 +85,26 @@ class EngineSupervisor:
             await asyncio.sleep(self._config.report_s)
             try:
                 stats = await self.stats()
+                cache = await self._answer(self._engine.cache_changes(whole=self._cache_told_of != self.generation))
             except EngineDied as error:
                 if not await self._restart(error):
                     return
             else:
-                await self._report(stats)
+                await self._report(stats, cache)
 
     async def stats(self) -> EngineStats:
         """Raises `EngineDied` also for an engine that does not answer, and kills it."""
+        return await self._answer(self._engine.stats())
+
+    async def _answer(self, call: Awaitable[T]) -> T:
         try:
             async with asyncio.timeout(self._config.hang_s):
-                return await self._engine.stats()
+                return await call
         except TimeoutError:
             self._engine.kill()
             raise EngineDied(f"{self.name} did not answer for {self._config.hang_s:g} s") from None
 
-    async def _report(self, stats: EngineStats) -> None:
+    async def _report(self, stats: EngineStats, cache: CacheChanges | None) -> None:
         if stats.num_steps:
             self._num_in_a_row = 0
         is_up = await self._scheduler.report(
@@ -103,8 +114,12 @@ class EngineSupervisor:
                 used_tokens=stats.used_tokens,
                 running=stats.running,
                 waiting=stats.waiting,
+                stored=cache.stored if cache is not None else None,
+                removed=cache.removed if cache is not None else (),
+                whole=cache is not None and cache.whole,
             )
         )
+        self._cache_told_of = self.generation if cache is not None else None
         if not is_up:
             logger.warning("backend=%s lives, but a program lost sight of it; it is announced again", self.name)
             await self._announce_next()

@@ -163,11 +163,40 @@ class SchedulerMachine(RuleBasedStateMachine):
                     assert account.last_cache != home.cache
                     assert program_id in ledger.tree or ledger.resident_tokens(program_id, home) == 0, "void"
 
-    @rule(data=st.data(), used_tokens=st.none() | st.integers(0, 100))
+    @rule(
+        data=st.data(),
+        used_tokens=st.none() | st.integers(0, 100),
+        stored=st.none()
+        | st.sets(st.integers(0, 2).flatmap(lambda family: st.integers(1000 * family, 1000 * family + 19))),
+        removed=st.sets(st.integers(0, 19)),
+        whole=st.booleans(),
+    )
     @precondition(lambda self: self.generations)
-    def stats(self, data: st.DataObject, used_tokens: int | None) -> None:
+    def stats(
+        self, data: st.DataObject, used_tokens: int | None, stored: set[int] | None, removed: set[int], whole: bool
+    ) -> None:
+        """Engines say what they like of their caches; news of an older generation changes nothing."""
         name = data.draw(st.sampled_from(sorted(self.generations)))
-        self.send(BackendStats(backend=name, generation=self.generations[name], used_tokens=used_tokens))
+        generation = data.draw(st.integers(1, self.generations[name]))
+        self.send(
+            BackendStats(
+                backend=name,
+                generation=generation,
+                used_tokens=used_tokens,
+                stored=None if stored is None else tuple(sorted(stored)),
+                removed=tuple(sorted(removed)),
+                whole=whole,
+            )
+        )
+        backends = {backend.backend: backend for backend in self.shell.scheduler.snapshot().backends}
+        if name not in backends or self.shell.config.policy != "adaptive":
+            return
+        drift_tokens = backends[name].drift_tokens
+        assert drift_tokens is None or drift_tokens >= 0
+        if generation == self.generations[name]:
+            pool = state_ledger(self.shell).tree._pools[name]
+            assert (drift_tokens is None) == (pool.resident is None)
+            assert stored is None or not whole or pool.resident == stored
 
     # Programs
 
@@ -330,6 +359,24 @@ class SchedulerMachine(RuleBasedStateMachine):
                 if run.refill and run.backend == backend.name
             )
             assert ledger.demand_tokens(account) <= backend.bound_tokens + account.reserve_tokens + 64 * len(accounts)
+
+    @invariant()
+    def beliefs_about_caches_add_up(self) -> None:
+        if not hasattr(self, "shell") or self.shell.config.policy != "adaptive":
+            return
+        state, ledger = self.shell.scheduler._state, state_ledger(self.shell)
+        for name, pool in ledger.tree._pools.items():
+            running = {
+                program
+                for program, account in ledger.programs.items()
+                for run in account.runs.values()
+                if run.backend == name
+            }
+            assert set(pool.running) == running
+            assert pool.num_held == sum(run.held[name] for run in pool.recent)
+            assert all(0 < run.held[name] <= len(run.hashes) for run in pool.recent)
+            assert pool.num_held <= pool.max_blocks
+            assert name in state.backends or pool.resident is None
 
     @invariant()
     def the_shell_and_the_scheduler_agree(self) -> None:

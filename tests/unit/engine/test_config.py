@@ -101,3 +101,10 @@ def test_model_folders(tmp_path: Path) -> None:
 @pytest.mark.parametrize("hub_id", ["gpt2", "Qwen/Qwen2.5-0.5B-Instruct"])
 def test_hub_ids_are_left_to_the_hub(hub_id: str) -> None:
     check_model_folder(hub_id)
+
+
+def test_block_events_are_of_one_cache_that_caches() -> None:
+    assert EngineConfig(model="m").publishes_kv_events
+    assert not EngineConfig(model="m", kv_events=False).publishes_kv_events
+    assert not EngineConfig(model="m", enable_prefix_caching=False).publishes_kv_events
+    assert not EngineConfig(model="m", extra={"data_parallel_size": 2}).publishes_kv_events

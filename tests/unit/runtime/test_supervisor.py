@@ -274,3 +274,37 @@ def test_cancelling_a_restart_leaves_an_engine_that_stops() -> None:
                 await host.stats()
 
     run_in_virtual_time(main())
+
+
+@pytest.mark.parametrize("kv_events", [True, False])
+def test_the_scheduler_hears_what_a_cache_holds_once_in_full_and_then_what_changed(kv_events: bool) -> None:
+    """In full again where the engine is announced again."""
+
+    async def main() -> list[BackendStats]:
+        make = lambda: FakeEngine(replace(CONFIG, kv_events=kv_events))
+        host, scheduler = LocalHost(make, SUPERVISED), RecordingScheduler()
+        info = await host.start()
+        prompt = new_prompt(64)
+        await run(host, prompt, max_tokens=1)
+        await host.cache_changes()
+        watching = asyncio.create_task(EngineSupervisor("e0", host, scheduler, info, SUPERVISED).run())
+        await asyncio.sleep(1.5)
+        await run(host, [*prompt, *new_prompt(32)], max_tokens=1)
+        await asyncio.sleep(1.0)
+        await host.reset_prefix_cache()
+        scheduler.is_up = False
+        await asyncio.sleep(2.0)
+        watching.cancel()
+        await host.stop()
+        return [event for event in scheduler.events if isinstance(event, BackendStats)]
+
+    first, second, third, fourth = run_in_virtual_time(main())
+    if not kv_events:
+        assert {stats.stored for stats in (first, second, third, fourth)} == {None}
+        return
+    assert first.stored is not None
+    assert second.stored is not None
+    assert (len(first.stored), first.removed, first.whole) == (2, (), True)
+    assert (len(second.stored), second.removed, second.whole) == (1, (), False)
+    assert (third.stored, set(third.removed), third.whole) == ((), {*first.stored, *second.stored}, False)
+    assert (fourth.generation, fourth.stored, fourth.whole) == (1, (), True)

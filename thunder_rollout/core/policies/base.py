@@ -159,6 +159,10 @@ class Policy(Protocol):
     def reordered(self) -> Collection[str]:
         """Programs whose `queue_key` changed with the last event although they did not."""
 
+    def drift_tokens(self, backend: str) -> int | None:
+        """Tokens that the policy was wrong about when the backend last told what it holds; None where the
+        policy or the backend doesn't tell."""
+
 
 class PolicyBase:
     """First come, first served (programs that ran before go first); never restores or releases."""
@@ -183,6 +187,9 @@ class PolicyBase:
 
     def reordered(self) -> Collection[str]:
         return ()
+
+    def drift_tokens(self, backend: str) -> int | None:
+        return None
 
     def granted(self, program: ProgramView, request: TurnRequested, backend: str, grant: int) -> None:
         return None

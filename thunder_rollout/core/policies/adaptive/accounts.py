@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 from operator import sub
 
+from thunder_rollout.core.events import BackendStats
 from thunder_rollout.core.policies.adaptive.prefill_model import PrefillModel, ServiceClock
+from thunder_rollout.core.prefix import PrefixTree
+
+_REPORT_LAG_S = 0.5  # what an engine reports of its cache is at most this old when it arrives
 
 
 @dataclass(slots=True)
@@ -82,4 +87,23 @@ class BackendAccount:
     points: tuple[float, ...] = ()  # growth in tokens at which `curve` looks ahead
     curve: list[float] = field(default_factory=list)  # tokens expected in use as its programs grow and leave
     num_curves: int = 0  # programs in it
+    ended: deque[tuple[float, str]] = field(default_factory=deque)  # turns that ended of late: when, whose
+    drift_tokens: int | None = None  # what its last report of its cache corrected
     refusal: Refusal | None = None  # of the waiting programs that it had no room for
+
+    def turn_ended(self, program_id: str, now: float) -> None:
+        while self.ended and self.ended[0][0] < now - _REPORT_LAG_S:
+            self.ended.popleft()
+        self.ended.append((now, program_id))
+
+    def hear(self, event: BackendStats, tree: PrefixTree, now: float, block_size: int) -> None:
+        """Believe what the engine says that it holds, but of turns that it may have said that too early for."""
+        late = [program_id for ended_s, program_id in self.ended if ended_s >= now - _REPORT_LAG_S]
+        num_blocks = tree.report(self.name, event.stored, event.removed, whole=event.whole, late=late)
+        self.drift_tokens = None if num_blocks is None else num_blocks * block_size
+
+    def lose_sight(self, tree: PrefixTree) -> None:
+        """The engine is gone, or another one."""
+        tree.report(self.name, None)
+        self.drift_tokens = None
+        self.generation = -1

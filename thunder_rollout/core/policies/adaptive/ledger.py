@@ -15,6 +15,7 @@ from dataclasses import replace
 from thunder_rollout.core.config import AdaptiveConfig
 from thunder_rollout.core.events import (
     BackendDown,
+    BackendStats,
     BackendUp,
     Event,
     FinishReason,
@@ -164,7 +165,7 @@ class Ledger:
         self.no_room_for.pop(program.program_id, None)
         self.queue_changed |= account.backend is None or program.backend is None
         for grant in [grant for grant in account.runs if grant not in program.turns]:
-            self._end_run(grant, account.runs.pop(grant))
+            self._end_run(program.program_id, grant, account.runs.pop(grant))
         if program.status is Status.TERMINATED:
             self._forget(program.program_id, account)
             return
@@ -207,7 +208,7 @@ class Ledger:
         self._charge(account, 1)
         if run.refill:
             home.refill_tokens += uncached
-        self.tree.hold(program.program_id, backend)
+        self.tree.start_turn(program.program_id, backend)
 
     def begin(self, now: float) -> None:
         self.now = now
@@ -220,11 +221,13 @@ class Ledger:
             case ToolStarted():
                 self.programs[event.program].tool = event.tool
                 self.programs[event.program].expected_s = event.expected_s
+            case BackendStats() if self.backends[event.backend].generation == event.generation:
+                self.backends[event.backend].hear(event, self.tree, self.now, self.block_size or 0)
             case BackendUp():
                 self._add_backend(event)
             case BackendDown() if self.backends[event.backend].generation == event.generation:
                 self._void_caches((event.backend,))
-                self.backends[event.backend].generation = -1
+                self.backends[event.backend].lose_sight(self.tree)
             case WeightsUpdated():
                 self._void_caches(event.backends)
             case _:
@@ -301,9 +304,11 @@ class Ledger:
         else:  # and nothing that rounding left
             backend.curve = [0.0] * len(backend.points)
 
-    def _end_run(self, grant: int, run: Run) -> None:
+    def _end_run(self, program_id: str, grant: int, run: Run) -> None:
         self._ended[grant] = run
         backend = self.backends[run.backend]
+        self.tree.end_turn(program_id, run.backend)
+        backend.turn_ended(program_id, self.now)
         if run.refill:
             backend.refill_tokens -= run.uncached_tokens
         self.touched[run.backend] = None
@@ -367,6 +372,7 @@ class Ledger:
             )
         else:
             self._void_caches((event.backend,))
+            old.lose_sight(self.tree)
             old.generation = event.generation
             old.capacity_tokens = event.capacity_tokens
             old.offload_tokens = event.offload_tokens

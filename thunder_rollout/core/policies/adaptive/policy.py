@@ -94,6 +94,9 @@ class AdaptivePolicy(PolicyBase):
         names, self._ledger.groups.reordered = self._ledger.groups.reordered, []
         return names
 
+    def drift_tokens(self, backend: str) -> int | None:
+        return self._ledger.backends[backend].drift_tokens
+
     def place(self, view: View, program: ProgramView, request: TurnRequested, now: float) -> str | None:
         if program.backend is None:
             return None
