@@ -133,6 +133,18 @@ def _calibrate() -> int:
     return _hydra_main("calibrate", CalibrateConfig, task)
 
 
+def _make_tasks() -> int:
+    from thunder_rollout.runtime.make_tasks import MakeTasksConfig, print_report, run_make_tasks
+
+    def task(config: MakeTasksConfig, raw: DictConfig) -> int:
+        progress, path = asyncio.run(_until_signal(run_make_tasks(config)))
+        print_report(progress)
+        print(f"written: {len(progress.tasks)} tasks to {path}")
+        return 0 if len(progress.tasks) == config.count else 1
+
+    return _hydra_main("make_tasks", MakeTasksConfig, task)
+
+
 def _hydra_main(name: str, cls: type[T], task: Callable[[T, DictConfig], int]) -> int:
     """Run `task` on `conf/<name>.yaml` under hydra (overrides, --multirun, --cfg job), with our errors as
     plain messages. Returns the worst exit code of the jobs; Ctrl-C ends them all."""
@@ -195,6 +207,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[], int]]] = {
     "bench-report": ("report.md, csv and plots from the bench.json of a bench (plan=full: of that one)", _bench_report),
     "bench-core": ("measure what the scheduler's decisions cost at the size of a fleet", _bench_core),
     "simulate": ("compare policies in virtual time, beside their bounds", _simulate),
+    "make-tasks": ("inject bugs into a package and keep those that its tests notice, as tasks", _make_tasks),
     "calibrate": ("measure an engine and write its profile for simulate", _calibrate),
 }
 

@@ -9,6 +9,7 @@ import yaml
 
 from thunder_rollout.bench.config import BenchConfig, BenchCoreConfig
 from thunder_rollout.config import RolloutConfig, compose_config, conf_dir, to_typed
+from thunder_rollout.runtime.make_tasks import MakeTasksConfig
 from thunder_rollout.sim.config import CalibrateConfig, SimulateConfig
 
 TOP_LEVEL = {
@@ -17,6 +18,7 @@ TOP_LEVEL = {
     "bench_core": BenchCoreConfig,
     "simulate": SimulateConfig,
     "calibrate": CalibrateConfig,
+    "make_tasks": MakeTasksConfig,
 }
 MANDATORY = "???"
 
