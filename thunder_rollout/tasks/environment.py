@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import PurePosixPath
 
 from thunder_rollout.sandbox.protocol import Sandbox, SandboxLimits, SandboxSpec
+from thunder_rollout.tasks.repository import one_commit
 from thunder_rollout.tasks.task import Task
 
 
@@ -43,5 +44,9 @@ async def started(sandbox: Sandbox) -> AsyncIterator[Sandbox]:
 
 
 def _removal(task: Task) -> str:
-    paths = (str(PurePosixPath(task.workdir, path)) for path in task.hidden_paths)
-    return f"rm -rf -- {shlex.join(paths)}"
+    """Without the files and, where git tracks one of them, without the commits that hold it."""
+    paths = shlex.join(str(PurePosixPath(task.workdir, path)) for path in task.hidden_paths)
+    inside = shlex.join(path for path in task.hidden_paths if not PurePosixPath(path).is_absolute())
+    forget = f"git rm -rq --cached --ignore-unmatch -- {inside} && {one_commit()}"
+    forget = f'cd {shlex.quote(task.workdir)} && {{ [ -z "$(git ls-files -- {inside})" ] || {{ {forget}; }}; }}'
+    return f"rm -rf -- {paths}" + (f" && {forget}" if inside else "")

@@ -23,13 +23,5 @@ def new_repository() -> str:
 
 
 def one_commit() -> str:
-    """In a repository: what is staged becomes its only commit; branches, tags, remotes, reflogs and
-    every object that only they held are gone."""
-    return (
-        f'commit=$({_GIT} commit-tree -m "Initial commit" $({_GIT} write-tree)) && {_GIT} reset -q --soft $commit'
-        f" && {_GIT} for-each-ref --format='%(refname)' | grep -vxF \"$({_GIT} symbolic-ref -q HEAD)\""
-        f" | sed 's/^/delete /' | {_GIT} update-ref --no-deref --stdin"
-        f" && for remote in $({_GIT} remote); do {_GIT} remote remove $remote; done"
-        " && rm -f .git/ORIG_HEAD .git/FETCH_HEAD"
-        f" && {_GIT} reflog expire --expire=now --all && {_GIT} gc -q --prune=now"
-    )
+    """In a repository: what is staged becomes a commit without a past, and HEAD."""
+    return f'{_GIT} reset -q --soft $({_GIT} commit-tree -m "Initial commit" $({_GIT} write-tree))'

@@ -27,7 +27,6 @@ from typing import Any
 
 from thunder_rollout.errors import TaskError
 from thunder_rollout.tasks.patches import BadPatch, reverse_patch
-from thunder_rollout.tasks.repository import one_commit
 from thunder_rollout.tasks.rows import IMAGE_COLUMNS
 from thunder_rollout.tasks.suites import r2e_name
 
@@ -114,8 +113,8 @@ def _swe_rebench(row: Row) -> Row:
 
 
 def _swe_smith(row: Row) -> Row:
-    """The image is the repository without the bug. The bug goes in, and the tests that show it out
-    of the agent's sight, before the one commit that it sees."""
+    """The image is the repository without the bug: the bug goes in, and the tests that show it out of
+    the agent's sight."""
     bug = row["patch"]
     tests = _decoded(row, "FAIL_TO_PASS")
     if not isinstance(tests, list):
@@ -136,15 +135,14 @@ def _swe_smith(row: Row) -> Row:
         "files": {_BUG_PATCH: base64.b64encode(bug.encode()).decode()},
         "workdir": WORKDIR,
         "self_contained": False,
-        "setup": f"cd {WORKDIR} && git apply --index --whitespace=nowarn {_BUG_PATCH} && rm {_BUG_PATCH}"
-        f" && {one_commit()}",
+        "setup": f"cd {WORKDIR} && git apply --index --whitespace=nowarn {_BUG_PATCH} && rm {_BUG_PATCH}",
         "hidden_paths": list(dict.fromkeys(test.partition("::")[0] for test in tests)),
     }
 
 
 def _r2e_gym(row: Row) -> Row:
     """`commit_hash` is the fix; the image stands before it, with uncommitted files that an agent's
-    patch must not contain. The virtual environment moves aside to keep it out of the commit."""
+    patch must not contain (`gitscrub` commits them). The virtual environment is kept out of that."""
     expected = _decoded(row, "expected_output_json")
     if not isinstance(expected, dict) or not expected:
         raise _Unusable("expected_output_json must map test names to their statuses")
@@ -164,7 +162,7 @@ def _r2e_gym(row: Row) -> Row:
         "test_command": _R2E,
         "hidden_paths": list(_R2E_HIDDEN),
         "setup": f"cd {WORKDIR} && {{ [ -L .venv ] || [ ! -d .venv ] || {{ mv .venv /root/.venv"
-        f" && ln -s /root/.venv .venv; }}; }} && git add -A -- . ':!run_tests.sh' ':!r2e_tests' && {one_commit()}",
+        " && ln -s /root/.venv .venv; }; }",
     }
 
 

@@ -18,7 +18,8 @@ class Task:
     there. `test_command` runs
     the tests given as arguments and `suite` says how its names and its report read (see `suites`).
     `env` is set for every command in its sandboxes. `hidden_paths` (absolute, or relative to workdir)
-    are in the image for the grader alone: the agent's sandbox loses them before the agent sees it.
+    are in the image for the grader alone: the agent's sandbox loses them before the agent sees it, and
+    its repository the past that holds them (their `base_commit` must be HEAD).
     Columns this project doesn't know are kept in `extra`.
     """
 
