@@ -53,6 +53,8 @@ async def test_a_program_works_in_its_prepared_sandbox(host: RemoteSandboxHost) 
     assert await box.read_file("/testbed/a.py") == b"x = 2\n"
     assert b"+x = 2" in await box.diff("HEAD")
     assert await host.num_running() == 1
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(host.keep_alive(), 0.5)
     hung = await box.exec("sleep 1000", timeout_s=0.5)
     assert hung.timed_out
     await box.stop()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from thunder_rollout.errors import SandboxFailed
 from thunder_rollout.sandbox import reaper
 from thunder_rollout.sandbox.config import SandboxConfig
 from thunder_rollout.sandbox.host import SandboxHost
@@ -173,5 +174,24 @@ async def test_a_reaper_that_is_killed_is_replaced() -> None:
         await asyncio.to_thread(wait_until, lambda: host._reaper is not None and host._reaper.pid != first)
         assert host._reaper.is_running()
         host.heartbeat()
+    finally:
+        await host.stop()
+
+
+@needs_local
+async def test_sandboxes_go_when_a_distant_driver_falls_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("thunder_rollout.sandbox.host.LOST_AFTER_S", 1.5)
+    host = SandboxHost(SandboxConfig(backend="local"), run=f"test-silent-{os.getpid()}")
+    try:
+        await host.start()
+        await host.acquire("p", SandboxSpec(image=""))
+        for _ in range(5):
+            host.heartbeat()
+            await asyncio.sleep(0.5)
+        assert (await host.exec("p", "echo on", timeout_s=10)).output == "on\n"
+        began_s = time.monotonic()
+        with pytest.raises(SandboxFailed, match="it died"):
+            await host.exec("p", "sleep 100", timeout_s=100)
+        assert time.monotonic() - began_s < 10
     finally:
         await host.stop()
