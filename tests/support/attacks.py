@@ -103,6 +103,8 @@ async def test_hidden_tests_and_the_reference_patch_are_unseen(make: MakeSandbox
             await box.write_file("/tmp/wanted", text.strip().encode())
             seek = "grep -rsFl -f /tmp/wanted / --exclude-dir=proc --exclude-dir=sys --exclude-dir=usr --exclude=wanted"
             assert (await box.exec(f"{seek} --exclude-dir=lib --exclude-dir=dev", timeout_s=30)).output == "", text
+        generator = "python3 -c 'from thunder_rollout.tasks.toy import generate; print(generate(0, 1)[0].patch)'"
+        assert "No module named" in (await box.exec(generator, timeout_s=30)).output
 
 
 async def test_host_and_neighbour_are_out_of_reach(make: MakeSandbox, neighbour: Sandbox) -> None:

@@ -29,6 +29,7 @@ TOOLS = ("bash", "unshare", "nsenter", "setpriv", "mount", "umount", "pivot_root
 # The mount point of the new root until the roots are swapped. Any folder that surely exists and
 # holds no program will do: inside a private mount namespace nobody else sees it covered.
 _STAGE = "/sys"
+_OWN_PACKAGE = Path(__file__).resolve().parents[1]
 _PROGRAMS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 _ETC = ("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "alternatives", "mime.types", "localtime")
 _DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
@@ -140,6 +141,7 @@ def _build_script(limits: SandboxLimits) -> str:
         "chmod 1777 tmp var/tmp dev/shm",
         f"mount -t tmpfs -o size={SCRATCH_BYTES},mode=700,uid={owner},gid={owner} thunder .{SCRATCH}",
         *(_bind_line(path) for path in binds),
+        *(f"mount -t tmpfs -o ro,size=4k,mode=555 thunder {quote('.' + str(path))}" for path in _hidden_folders(binds)),
         *(f"mount --bind /dev/{name} dev/{name}" for name in _DEVICES),
     ]
     return "\n".join(lines)
@@ -171,6 +173,11 @@ def _interpreter_folders() -> list[Path]:
     candidates = {Path(sys.prefix), Path(sys.base_prefix), Path(sys.executable).resolve().parents[1]}
     hidden = sorted(path for path in candidates if path.parts[1:2] not in {("usr",), ()})
     return [path for path in hidden if not any(other != path and path.is_relative_to(other) for other in hidden)]
+
+
+def _hidden_folders(binds: list[Path]) -> list[Path]:
+    """This package, where it is installed beside the interpreter: it can make the toy tasks' answers."""
+    return [_OWN_PACKAGE] if any(_OWN_PACKAGE.is_relative_to(path) for path in binds) else []
 
 
 def _bind_line(path: Path) -> str:

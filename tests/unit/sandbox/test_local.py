@@ -13,10 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.support.sandbox_contract import *  # noqa: F403
 from tests.support.sandbox_contract import MakeSandbox, started
 from thunder_rollout.errors import SandboxFailed
+from thunder_rollout.sandbox import namespaces
 from thunder_rollout.sandbox.local import LocalSandbox, local_unavailable, sweep_local
 from thunder_rollout.sandbox.protocol import SandboxSpec
 
@@ -80,6 +82,17 @@ async def test_the_host_is_invisible_and_its_programs_read_only(make: MakeSandbo
             await box.exec("echo b > /proc/sysrq-trigger; echo 1 > /proc/sys/vm/drop_caches", timeout_s=10)
         ).exit_code
         assert (await box.exec("unshare --user --map-root-user --mount true", timeout_s=10)).exit_code != 0
+
+
+async def test_this_package_is_hidden_where_it_is_installed(make: MakeSandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = Path(yaml.__file__).parent
+    seek = f"ls {installed}; python -c 'import yaml; print(yaml.load)'"
+    async with started(make) as box:
+        assert "loader.py" in (await box.exec(seek, timeout_s=10)).output
+    monkeypatch.setattr(namespaces, "_OWN_PACKAGE", installed)
+    async with started(make) as box:
+        output = (await box.exec(seek, timeout_s=10)).output
+        assert "loader.py" not in output and "no attribute 'load'" in output
 
 
 async def test_the_hosts_environment_does_not_leak(make: MakeSandbox, monkeypatch: pytest.MonkeyPatch) -> None:
