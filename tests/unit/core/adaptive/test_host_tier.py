@@ -17,19 +17,20 @@ from thunder_rollout.core.events import (
 from thunder_rollout.core.harness import Harness
 
 
-def tiered(offload_tokens: int, *, prior_growth: float = 0.0) -> Harness:
-    """A backend of 1000 tokens of KV, with so many in host memory."""
+def tiered(offload_tokens: int, *, prior_growth: float = 0.0, backends: str = "a") -> Harness:
+    """Backends of 1000 tokens of KV, with so many in host memory."""
     shell = adaptive(prior_load_token_s=1e-6, prior_growth=prior_growth)
-    shell.send(
-        BackendUp(
-            backend="a",
-            generation=2,
-            capacity_tokens=1000,
-            max_running=8,
-            block_size=16,
-            offload_tokens=offload_tokens,
+    for name in backends:
+        shell.send(
+            BackendUp(
+                backend=name,
+                generation=2,
+                capacity_tokens=1000,
+                max_running=8,
+                block_size=16,
+                offload_tokens=offload_tokens,
+            )
         )
-    )
     return shell
 
 
@@ -88,3 +89,21 @@ def test_loads_are_no_refill_and_are_learned_from() -> None:
     shell.send(TurnEnded(program="p", grant=grant, output_tokens=1, cached_tokens=800))
     assert run.loaded_tokens > 0
     assert account.model._products[5][5] > seen
+
+
+@pytest.mark.parametrize(("offload_tokens", "at_once"), [(0, ["p"]), (5000, [])])
+def test_a_program_waits_a_while_for_the_backend_that_can_load_it(offload_tokens: int, at_once: list[str]) -> None:
+    shell = tiered(offload_tokens, backends="ab")
+    shell.ask("p", 800, block_hashes=blocks(1000, 50))
+    shell.ask("q", 800)
+    shell.end("p", 0)
+    shell.send(ToolStarted(program="p", tool="web"))
+    shell.ask("r", 900)
+    assert shell.scheduler._state.programs["p"].backend is None, "it gave its place to r"
+    shell.ask("s", 10)
+    shell.send(ProgramEnded(program="q"))
+    assert shell.scheduler._state.backends["b"].num_in_flight == 1
+    assert who(shell.ask("p", 816, block_hashes=blocks(1000, 51))) == at_once, "there is room on b"
+    if not at_once:
+        assert who(shell.tick(0.1)) == []
+        assert who(shell.tick(0.1)) == ["p"], "0.08 s of prefill would hold up two turns"

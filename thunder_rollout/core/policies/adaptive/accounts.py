@@ -45,6 +45,7 @@ class ProgramAccount:
     tool: str | None = None  # what it acts with
     expected_s: float | None = None  # how long that will take, if anybody said
     last_tool: str | None = None
+    spared_since_s: float | None = None  # it waits for its last backend, though another had room
     group: str | None = None
     runs: dict[int, Run] = field(default_factory=dict)
     curve: list[float] = field(default_factory=list)  # its part of `BackendAccount.curve` ...

@@ -89,14 +89,14 @@ class Ledger:
     def prefill_s(self, program: ProgramView, backend: BackendAccount) -> float:
         """Seconds to load and compute what of its context the backend does not hold."""
         missing = max(0, program.context_tokens - self.resident_tokens(program.program_id, backend))
-        return self.again_s(program, missing, backend)
+        return sum(self.again_s(program, missing, backend))
 
-    def again_s(self, program: ProgramView, num_tokens: float, backend: BackendAccount) -> float:
-        """Seconds to have the last `num_tokens` of its context on the backend again."""
+    def again_s(self, program: ProgramView, num_tokens: float, backend: BackendAccount) -> tuple[float, float]:
+        """Seconds to have the last `num_tokens` of its context on the backend again: of prefill, of loading."""
         model, before = self.model(backend), program.context_tokens - num_tokens
         offloaded = self.tree.offloaded_blocks(program.program_id, backend.name) * (self.block_size or 0)
         loaded = min(num_tokens, max(0.0, offloaded - before))
-        return model.prefill_s(num_tokens - loaded, program.context_tokens) + model.load_s(loaded)
+        return model.prefill_s(num_tokens - loaded, program.context_tokens), model.load_s(loaded)
 
     def model(self, backend: BackendAccount) -> PrefillModel:
         """The backend's own once it has seen enough, the fleet's before."""
@@ -187,6 +187,7 @@ class Ledger:
 
     def granted(self, program: ProgramView, request: TurnRequested, backend: str, grant: int) -> None:
         account, home = self.programs[program.program_id], self.backends[backend]
+        account.spared_since_s = None
         held = min(request.prompt_tokens, self.resident_tokens(program.program_id, home))
         offloaded = self.tree.offloaded_blocks(program.program_id, backend) * (self.block_size or 0)
         loaded = min(request.prompt_tokens, max(held, offloaded)) - held

@@ -3,7 +3,8 @@
 Cost is seconds: to load or prefill what the backend does not hold, and the service that the programs bound
 there ask of it. Where that is equal, the fewest turns in flight, then the name, decide; a program's
 last backend wins ties. Only a few backends are looked at: those with the least load, those with the
-most room, those that hold the program's prefix, and its last one.
+most room, those that hold the program's prefix, and its last one. A program that its last backend can load from a
+host tier waits for that one a while, rather than be computed where there is room.
 
 Room is judged twice. Demand with the program must be within `admit_watermark` now, and the most that
 all programs there are expected to need at once, as they grow and leave, within a share of capacity
@@ -85,9 +86,10 @@ class Placer:
         self, view: View, program: ProgramView, kept: Collection[str], only: Collection[str] | None
     ) -> str | None:
         """The backend to restore it on, one of `only` (None: any) and not of `kept`; None where none
-        has room for it."""
+        has room for it, or where it would rather wait for the one whose host tier holds it."""
         best: str | None = None
         best_cost: tuple[float, int, int, str] | None = None
+        home = self._tiered_home(view, program)
         for name in self._candidates(program, kept) if only is None else only:
             backend = view.backends.get(name)
             if backend is None or backend.updating or not backend.fits(program.context_tokens):
@@ -99,6 +101,8 @@ class Placer:
             missing = self.missing_tokens(program, account)
             if missing > 0:
                 self._refuse(account, program.context_tokens - missing)
+                continue
+            if home is not None and self._is_dear(program, account, home):
                 continue
             cost = self._cost(program, account)
             if best_cost is None or cost < best_cost:
@@ -122,6 +126,27 @@ class Placer:
         share = config.least_fill + (config.most_fill - config.least_fill) * ledger.gain(account)
         peak = ledger.peak_tokens(program, account, added) * ledger.loss_share(program, account)
         return max(now, peak - share * account.capacity_tokens)
+
+    def _tiered_home(self, view: View, program: ProgramView) -> BackendAccount | None:
+        """Where it ran last, if that is open and may have it in a host tier."""
+        last = self._ledger.programs[program.program_id].last_backend
+        backend = view.backends.get(last) if last is not None else None
+        if backend is None or backend.updating or not backend.fits(program.context_tokens):
+            return None
+        account = self._ledger.backends[backend.name]
+        return account if account.offload_tokens else None
+
+    def _is_dear(self, program: ProgramView, account: BackendAccount, home: BackendAccount) -> bool:
+        """Whether it waits for its home, though there is room here: no longer than all the turns in flight
+        here would together be held up by computing it."""
+        if account is home:
+            return False
+        ledger = self._ledger
+        waiting = ledger.programs[program.program_id]
+        if waiting.spared_since_s is None:
+            waiting.spared_since_s = ledger.now
+        saved_s = ledger.prefill_s(program, account) - ledger.prefill_s(program, home)
+        return ledger.now - waiting.spared_since_s < saved_s * (1 + account.clock.num_in_flight)
 
     def _may_run(self, program: ProgramView, account: BackendAccount) -> bool:
         """As far as its running sequences and what it computes again are concerned."""

@@ -6,9 +6,9 @@
 - release, where demand passes `high_watermark`: programs are given up at the least expected waste
   (`victims`); what is marked already counts as gone.
 - hold or release, where a program waits for room: an acting program is worth holding while the
-  caching expected until it is back, c x E[t], costs less than having it again, which holds its own
-  tokens and those of the turns in flight beside it: again_s x (c + reasoning tokens), where again_s
-  is of computing it or, as far as a host tier holds it, of loading it. Those
+  caching expected until it is back, c x E[t], costs less than having it again: computing it holds its
+  own tokens and those of the turns in flight beside it, prefill_s x (c + reasoning tokens), loading
+  what a host tier has goes on beside them, load_s x c. Those
   not worth holding are given up if together they make the room (eq. 3's currency, token-seconds).
 
 The tick re-examines what only time changes, a slice of the backends at a time.
@@ -243,9 +243,10 @@ class AdaptivePolicy(PolicyBase):
 
     def _is_waste(self, program: ProgramView, backend: BackendView, account: BackendAccount) -> bool:
         """Whether holding a token of it until it is back is expected to cost more than having it again."""
-        recompute_s = self._ledger.again_s(program, program.context_tokens, account) / program.context_tokens
-        beside = program.context_tokens + backend.reasoning_tokens
-        return self._ledger.absence_s(program.program_id) > recompute_s * beside
+        tokens = program.context_tokens
+        recompute_s, load_s = self._ledger.again_s(program, tokens, account)
+        beside = (tokens + backend.reasoning_tokens) / tokens
+        return self._ledger.absence_s(program.program_id) > recompute_s * beside + load_s
 
     def _item(self, program: ProgramView, account: BackendAccount) -> Item:
         """Seconds to load it or compute it again, weighted by how soon it is back and how complete its group is."""
@@ -257,5 +258,5 @@ class AdaptivePolicy(PolicyBase):
             absence_s += self._mean_wait_s
         soon = 1.0 + account.mean_turn_s / max(absence_s, _SHORTEST_ABSENCE_S)
         complete = 1.0 + ledger.groups.complete_share(program.group)
-        waste = ledger.again_s(program, tokens, account) * soon * complete
+        waste = sum(ledger.again_s(program, tokens, account)) * soon * complete
         return Item(tokens=tokens, waste=waste)
