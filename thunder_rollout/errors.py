@@ -29,6 +29,10 @@ class RequestError(UserError):
     """One request can't be served by this engine; the engine is unharmed."""
 
 
+class WeightsRefused(UserError):
+    """New weights are not those of this model; the engine goes on with the old ones."""
+
+
 class BadEvent(ThunderError):
     """The scheduler refuses an event; its state is unchanged."""
 
@@ -68,6 +72,12 @@ class EngineFailed(InfrastructureFailure):
     """A living engine could not finish one turn."""
 
     kind = "engine_failed"
+
+
+class Stale(InfrastructureFailure):
+    """A program holds tokens of weights older than `scheduler.max_staleness` allows: it starts again."""
+
+    kind = "stale"
 
 
 class SandboxFailed(InfrastructureFailure):

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from thunder_rollout.agent.chat import ChatFormat
 from thunder_rollout.agent.config import AgentConfig
-from thunder_rollout.agent.loop import AgentLoop, TurnResult
+from thunder_rollout.agent.loop import AgentLoop, TurnResult, in_one_piece
 from thunder_rollout.engine.protocol import Generation, Sampling
 from thunder_rollout.sandbox.local import LocalSandbox
 from thunder_rollout.tasks.environment import sandbox_spec, started
@@ -62,7 +62,7 @@ class HuggingFaceClient:
             prefill_s=0.0,
             decode_s=took_s,
         )
-        return TurnResult(generation=generation, backend="hf", queue_s=0.0, engine_s=took_s)
+        return in_one_piece(generation, backend="hf", queue_s=0.0, engine_s=took_s)
 
     async def tool_started(self, tool: str) -> None: ...
 

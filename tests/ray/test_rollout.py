@@ -118,3 +118,23 @@ def test_a_worker_that_dies_is_replaced_and_no_sample_is_lost(args, tmp_path):
     assert "died; its samples start again" in output
     assert cli.summary(latest)["num_samples"] == 6
     cli.check_agreement(latest)
+
+
+def test_checkpoints_are_loaded_under_load_and_every_token_has_its_weights(args, tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    (checkpoints / "step_1").mkdir(parents=True)
+    (tmp_path / "step_2").mkdir()
+    slow = [*args, f"rollout.weights_folder={checkpoints}", "agent.max_turns=12", "agent.max_turn_tokens=200"]
+    process = cli.start(tmp_path, *slow, "task.count=6", "rollout.concurrency=6")
+    latest = tmp_path / "runs" / "latest"
+    cli.wait_for_samples(latest, 2, process)
+    (tmp_path / "step_2").rename(checkpoints / "step_2")
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert cli.summary(latest)["num_samples"] == 12
+    assert cli.summary(latest)["failures"] == {}
+    cli.check_agreement(latest)
+    turns = [turn for row in cli.rows(latest) for turn in row["turns"]]
+    assert all(sum(s["num_tokens"] for s in turn["weights"]) == turn["output_tokens"] for turn in turns)
+    versions = [segment["version"] for turn in turns for segment in turn["weights"]]
+    assert set(versions) == {"step_1", "step_2"}, "what lay there at the start serves from the first token"

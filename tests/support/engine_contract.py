@@ -1,5 +1,6 @@
-"""What every engine does: `from tests.support.engine_contract import *` in a test module that has a
-fixture `engine` (a started engine of `CONFIG`). Tests share the engine, so each has prompts of its own."""
+"""What every engine does: `from tests.support.engine_contract import *` in a test module that has the
+fixtures `engine` (a started engine of `CONFIG`) and `weights` (its own, and others of its model). Tests
+share the engine, so each has prompts of its own."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from thunder_rollout.engine.cache_report import CacheChanges
 from thunder_rollout.engine.config import EngineConfig
 from thunder_rollout.engine.hashing import block_hashes
 from thunder_rollout.engine.protocol import Engine, EngineStats, GenerateRequest, Generation, Sampling
-from thunder_rollout.errors import RequestError
+from thunder_rollout.engine.weights import FolderWeights, UpdateMode, WeightSource
+from thunder_rollout.errors import RequestError, WeightsRefused
 
 VOCAB_SIZE = 512
 CONFIG = EngineConfig(
@@ -170,6 +172,64 @@ async def test_cancelling_a_turn_aborts_it(engine: Engine) -> None:
         with pytest.raises(asyncio.CancelledError):
             await turn
         assert (await settled(engine)).used_tokens == 0
+
+
+async def test_a_turn_under_new_weights_is_recorded_as_such_and_finds_no_cache(
+    engine: Engine, weights: tuple[WeightSource, WeightSource]
+) -> None:
+    """Also puts the old weights back, for the tests that share the engine: a turn then repeats itself."""
+    prompt = new_prompt(100)
+    before = await run(engine, prompt)
+    await engine.update_weights(weights[1], version="other", mode=UpdateMode.WAIT)
+    during = await run(engine, prompt)
+    assert during.token_ids != before.token_ids
+    assert (during.weight_version, during.cached_tokens) == ("other", 0)
+    await engine.update_weights(weights[0], version="0", mode=UpdateMode.WAIT)
+    after = await run(engine, prompt)
+    assert (after.token_ids, after.weight_version, after.cached_tokens) == (before.token_ids, "0", 0)
+
+
+@pytest.mark.parametrize("mode", [UpdateMode.WAIT, UpdateMode.CUT])
+async def test_turns_in_flight_finish_or_are_cut_and_later_ones_wait(
+    engine: Engine, weights: tuple[WeightSource, WeightSource], mode: UpdateMode
+) -> None:
+    """Whatever a turn returns, all of it is of one version."""
+    turns = [asyncio.create_task(run(engine, new_prompt(100), max_tokens=150)) for _ in range(24)]
+    await asyncio.sleep(0.1)
+    update = asyncio.create_task(engine.update_weights(weights[0], version="next", mode=mode))
+    await asyncio.sleep(0.1)
+    late = asyncio.create_task(run(engine, new_prompt(40)))
+    await update
+    old = await asyncio.gather(*turns)
+    assert {generation.weight_version for generation in old} == {"0"}
+    if mode is UpdateMode.WAIT:
+        assert {len(generation.token_ids) for generation in old} == {150}
+    else:
+        assert "abort" in {generation.finish_reason for generation in old}
+        assert any(0 < len(generation.token_ids) < 150 for generation in old)
+    assert all(len(generation.token_ids) == len(generation.logprobs) for generation in old)
+    assert ((await late).weight_version, len((await late).token_ids)) == ("next", 20)
+    await engine.update_weights(weights[0], version="0", mode=UpdateMode.WAIT)
+
+
+async def test_an_update_that_is_cancelled_while_turns_finish_changes_nothing(
+    engine: Engine, weights: tuple[WeightSource, WeightSource]
+) -> None:
+    turn = asyncio.create_task(run(engine, new_prompt(40), max_tokens=200))
+    await asyncio.sleep(0.05)
+    update = asyncio.create_task(engine.update_weights(weights[0], version="never", mode=UpdateMode.WAIT))
+    await asyncio.sleep(0.05)
+    update.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await update
+    assert (await run(engine, new_prompt(40))).weight_version == "0"
+    assert len((await turn).token_ids) == 200
+
+
+async def test_weights_that_are_not_there_are_refused_and_the_old_ones_serve(engine: Engine) -> None:
+    with pytest.raises(WeightsRefused, match="nowhere"):
+        await engine.update_weights(FolderWeights(path="/nowhere"), version="x", mode=UpdateMode.CUT)
+    assert (await run(engine, new_prompt(40))).weight_version == "0"
 
 
 BAD_REQUESTS: list[tuple[str, list[int], dict[str, Any]]] = [

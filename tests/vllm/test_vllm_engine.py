@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from safetensors.torch import load_file
 
 from tests.support.engine_contract import *  # noqa: F403
 from tests.support.engine_contract import CONFIG, VOCAB_SIZE, new_prompt, new_request, run, settled
@@ -20,6 +21,7 @@ from thunder_rollout.engine.random_model import write_preset
 from thunder_rollout.engine.vllm import VllmEngine, _engine_arguments
 from thunder_rollout.engine.vllm_offload import offload_tokens
 from thunder_rollout.engine.vllm_release import make_releasing
+from thunder_rollout.engine.weights import FolderWeights, MemoryWeights, WeightSource
 from thunder_rollout.errors import ConfigError
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -33,6 +35,14 @@ async def started(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tup
         yield vllm, await vllm.start()
     finally:
         await vllm.stop()
+
+
+@pytest.fixture(scope="module")
+def weights(
+    started: tuple[VllmEngine, EngineInfo], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[WeightSource, WeightSource]:
+    other = write_preset("qwen2_test", tmp_path_factory.mktemp("other"), seed=1).path
+    return FolderWeights(path=started[1].model), MemoryWeights.of(load_file(other / "model.safetensors"))
 
 
 @pytest.fixture

@@ -14,19 +14,28 @@ from typing import Protocol
 from thunder_rollout.agent.actions import Malformed, format_observation, parse_action
 from thunder_rollout.agent.chat import ChatFormat
 from thunder_rollout.agent.config import AgentConfig
-from thunder_rollout.agent.trajectory import EndReason, Trajectory, TurnRecord
+from thunder_rollout.agent.trajectory import EndReason, Trajectory, TurnRecord, WeightSegment
 from thunder_rollout.engine.protocol import Generation, Sampling
 from thunder_rollout.sandbox.protocol import Sandbox
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnResult:
-    """A generation, where it ran and how long it waited for the scheduler."""
+    """A generation, where it ran (last) and how long it waited for the scheduler. `weights` and
+    `refill_tokens` as in `TurnRecord`."""
 
     generation: Generation
+    weights: list[WeightSegment]
+    refill_tokens: int = 0
     backend: str
     queue_s: float
     engine_s: float
+
+
+def in_one_piece(generation: Generation, *, backend: str, queue_s: float, engine_s: float) -> TurnResult:
+    """The result of a turn that ran under one weight version."""
+    segment = WeightSegment(version=generation.weight_version, num_tokens=len(generation.token_ids))
+    return TurnResult(generation=generation, weights=[segment], backend=backend, queue_s=queue_s, engine_s=engine_s)
 
 
 class ModelClient(Protocol):
@@ -121,7 +130,8 @@ def _turn_record(trajectory: Trajectory, result: TurnResult) -> TurnRecord:
         output_tokens=len(generation.token_ids),
         finish_reason=generation.finish_reason,
         backend=result.backend,
-        weight_version=generation.weight_version,
+        weights=result.weights,
+        refill_tokens=result.refill_tokens,
         queue_s=result.queue_s,
         engine_s=result.engine_s,
         prefill_s=generation.prefill_s,

@@ -20,10 +20,20 @@ class EndReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WeightSegment:
+    """So many generated tokens in a row that the weights `version` produced."""
+
+    version: str
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TurnRecord:
     """One reasoning + acting period. `start` is its first generated id's place in
     `response_ids`; times are seconds: `queue_s` waiting for the scheduler, `engine_s` in the engine
-    (its own queue included), `tool_s` in the command."""
+    (its own queue included), `tool_s` in the command. `weights` are its generated tokens from first to
+    last: more than one segment where the turn went on under new weights. Such a turn has the prompt and
+    cached tokens of its beginning; `refill_tokens` were computed again after that."""
 
     start: int
     prompt_tokens: int
@@ -31,7 +41,8 @@ class TurnRecord:
     output_tokens: int
     finish_reason: str
     backend: str
-    weight_version: str
+    weights: list[WeightSegment]
+    refill_tokens: int
     queue_s: float
     engine_s: float
     prefill_s: float

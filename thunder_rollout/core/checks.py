@@ -1,10 +1,12 @@
-"""What makes an event bad: checks of its fields, and look-ups of the names in it. All raise `BadEvent`."""
+"""What makes an event bad: checks of its fields, and look-ups of the names in it; they raise `BadEvent`.
+And what makes a good request hopeless (`rejection_of`)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from thunder_rollout.core.backend import Backend
+from thunder_rollout.core.decisions import Reject
 from thunder_rollout.core.events import (
     BackendDown,
     BackendStats,
@@ -91,6 +93,17 @@ def known_backend(state: State, event: BackendDown | BackendStats) -> Backend | 
             "announce it with BackendUp first"
         )
     return state.backends.get(event.backend) if event.generation == known else None
+
+
+def rejection_of(state: State, request: TurnRequested) -> Reject | None:
+    """The answer to a request that no backend can ever hold; None while it may fit, or no backend is up."""
+    if not state.backends or request.prompt_tokens + 1 <= state.max_capacity_tokens:
+        return None
+    why = (
+        f"prompt_tokens={request.prompt_tokens} and one token more fit no backend: the largest has "
+        f"capacity_tokens={state.max_capacity_tokens}; shorten the context or give the engine more KV memory"
+    )
+    return Reject(program=request.program, request=request.request, why=why)
 
 
 def _require_least(event: object, name: str, least: int) -> None:

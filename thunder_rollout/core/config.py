@@ -151,6 +151,7 @@ class SchedulerConfig:
     tick_s: float = 5.0  # dt
     max_wait_s: float = 600.0  # after this in the queue nobody younger goes ahead
     lease_s: float | None = None  # a program silent for so long is terminated; longer than any turn or tool call
+    max_staleness: int | None = None  # weight versions that a program's oldest token may lie behind the newest
     prepare_ahead: int = 4  # waiting programs, in restore order, whose sandbox is prepared
     thunder: ThunderConfig = field(default_factory=ThunderConfig)
     adaptive: AdaptiveConfig = field(default_factory=AdaptiveConfig)
@@ -164,6 +165,8 @@ class SchedulerConfig:
         _require(self.tick_s > 0, "tick_s", self.tick_s, "> 0")
         _require(self.max_wait_s > 0, "max_wait_s", self.max_wait_s, "> 0")
         _require(self.lease_s is None or self.lease_s > 0, "lease_s", self.lease_s, "> 0 or null")
+        staleness = self.max_staleness
+        _require(staleness is None or staleness >= 0, "max_staleness", staleness, ">= 0 or null")
         _require(self.prepare_ahead >= 0, "prepare_ahead", self.prepare_ahead, ">= 0")
 
     @property

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
+
+
+class ExpiryReason(StrEnum):
+    LEASE = "lease"  # nothing was heard of it for `lease_s`
+    STALE = "stale"  # it holds tokens of weights older than `max_staleness` allows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,9 +49,12 @@ class ReleaseSandbox:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expire:
-    """The program's lease ran out; it is terminated and whoever still runs it must stop."""
+    """The program is terminated and whoever still runs it must stop. `requests` are those of it that waited
+    for an answer: this is it."""
 
     program: str
+    reason: ExpiryReason = ExpiryReason.LEASE
+    requests: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

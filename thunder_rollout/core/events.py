@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+INITIAL_VERSION = "0"  # of the weights that every backend starts with
+
 
 class FinishReason(StrEnum):
     STOP = "stop"
@@ -51,11 +53,15 @@ class TurnProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnEnded:
+    """`output_tokens` counts those that stay in the program's context (0 for a cut turn whose output is
+    dropped); `weight_version` is that of the weights which produced them."""
+
     program: str
     grant: int
     output_tokens: int | None = None
     cached_tokens: int | None = None
     finish_reason: FinishReason = FinishReason.STOP
+    weight_version: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,11 +134,17 @@ class BackendStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightsUpdating:
+    """The gate of these backends shuts: nothing is admitted there until `WeightsUpdated`, or until they
+    are up in a new generation."""
+
     backends: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightsUpdated:
+    """The gate opens, and the caches count as void. Without `version` the weights are the old ones: the
+    update failed. Versions are compared by the order in which they were first told."""
+
     backends: tuple[str, ...]
     version: str | None = None
 

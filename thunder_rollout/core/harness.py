@@ -124,6 +124,9 @@ class Harness:
                 case Reject():
                     del self.waiting[decision.request]
                 case Expire():
+                    for request in decision.requests:
+                        del self.waiting[request]
+                    assert decision.program not in self.waiting.values(), "who expires hears of every request"
                     self._drop(decision.program, None)
                 case PrepareSandbox():
                     assert decision.program not in self._prepared, "a sandbox is prepared once"

@@ -79,6 +79,7 @@ class Program:
         "group",
         "marked",
         "num_turns_admitted",
+        "oldest_weights",
         "pending",
         "program_id",
         "sandbox",
@@ -104,6 +105,7 @@ class Program:
         self.pending: dict[str, Pending] = {}  # by request, oldest first
         self.turns: dict[int, Turn] = {}  # by grant
         self.num_turns_admitted = 0
+        self.oldest_weights: int | None = None  # number of the oldest weights that produced a token of its
         self.sandbox = SandboxNeed.NONE
         self.sandbox_issued = False  # PrepareSandbox was issued at least once
         self.tool: str | None = None
@@ -215,6 +217,10 @@ class Program:
         if not self.turns and finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
             self.acting_since_s = now
         self._changed(f"end {turn.request} {finish_reason} at {now:g}")
+
+    def note_weights(self, number: int) -> None:
+        """Weights of this number produced tokens of its."""
+        self.oldest_weights = number if self.oldest_weights is None else min(self.oldest_weights, number)
 
     def void_turn(self, grant: int) -> None:
         """The turn is lost with its backend, or its caller left; no tool follows from it."""

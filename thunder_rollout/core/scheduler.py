@@ -3,17 +3,19 @@
 Contract:
 - `handle` is a pure function of the events so far: no clock, no I/O, no randomness. A bad event
   raises `BadEvent` and leaves the state as it was.
-- A request ends in exactly one of Restore (with its grant), Reject, or its caller leaving
-  (Withdrawn, ProgramEnded). A grant is a number used once; it is current until its turn ends, its
+- A request ends in exactly one of Restore (with its grant), Reject, Expire (of its program), or its
+  caller leaving (Withdrawn, ProgramEnded). A grant is a number used once; it is current until its turn ends, its
   backend dies (the caller then asks again) or its caller leaves. A late message about a grant that
   was taken back is ignored, one about an unknown grant is refused.
 - An active program's request is admitted at once on its own backend, unless that one updates its
   weights or can't hold the prompt. `max_running` is a hint and blocks nothing.
 - It always moves, whatever the policy: after any event, a backend with no turn in flight admits
-  the first program of the queue that it can hold (`MAX_MOVED` backends an event, the others with
-  the next); what no backend can hold is rejected.
+  the first program of the queue that it can hold (`liveness.MAX_MOVED` backends an event, the others
+  with the next); what no backend can hold is rejected.
 - A program of which nothing was heard for `lease_s`, and that waits for nothing, is terminated at a
   tick: Expire, and ReleaseSandbox where one is owed.
+- A program with a token that is older than `max_staleness` weight versions is never admitted again: it
+  is terminated (Expire) when newer weights are announced while it asks, or when it asks next.
 - PrepareSandbox is issued at the latest with a program's first Restore; where it was issued,
   ReleaseSandbox follows exactly once, at the program's end.
 
@@ -24,7 +26,7 @@ policy's restores, its releases, the liveness rule, sandboxes ahead of need.
 
 from __future__ import annotations
 
-from itertools import islice, takewhile
+from itertools import islice
 
 from thunder_rollout.core.backend import Backend
 from thunder_rollout.core.checks import (
@@ -36,9 +38,18 @@ from thunder_rollout.core.checks import (
     holder,
     known_backend,
     known_program,
+    rejection_of,
 )
 from thunder_rollout.core.config import SchedulerConfig
-from thunder_rollout.core.decisions import Decision, Expire, Pause, PrepareSandbox, Reject, ReleaseSandbox, Restore
+from thunder_rollout.core.decisions import (
+    Decision,
+    Expire,
+    ExpiryReason,
+    Pause,
+    PrepareSandbox,
+    ReleaseSandbox,
+    Restore,
+)
 from thunder_rollout.core.events import (
     BackendDown,
     BackendStats,
@@ -58,14 +69,14 @@ from thunder_rollout.core.events import (
     WeightsUpdating,
     Withdrawn,
 )
+from thunder_rollout.core.liveness import moves
 from thunder_rollout.core.policies import make_policy
 from thunder_rollout.core.policies.base import Policy
 from thunder_rollout.core.program import Program, SandboxNeed
 from thunder_rollout.core.snapshot import SchedulerSnapshot
 from thunder_rollout.core.state import State
+from thunder_rollout.core.weights import WeightVersions
 from thunder_rollout.errors import BadEvent
-
-MAX_MOVED = 64  # idle backends that one event sets to work
 
 
 class Scheduler:
@@ -76,6 +87,7 @@ class Scheduler:
         self._config = config
         self._policy = policy if policy is not None else make_policy(config)
         self._state = State(self._policy.queue_key, max_wait_s=config.max_wait_s, on_change=self._policy.changed)
+        self._versions = WeightVersions(config.max_staleness)
         self._now = float("-inf")
         self._decisions: list[Decision] = []
 
@@ -93,7 +105,8 @@ class Scheduler:
         self._now = now
         self._policy.observe(event, now)
         self._follow_policy(now, tick=isinstance(event, Tick))
-        self._keep_moving(now)
+        for program, backend in moves(self._state, now):
+            self._restore(program, backend, now)
         self._prepare_ahead(now)
         return self._decisions
 
@@ -131,7 +144,7 @@ class Scheduler:
             case SandboxFailed():
                 self._on_sandbox_failed(event)
             case Tick():
-                self._expire(now)
+                self._expire_silent(now)
             case SandboxReady():
                 pass
             case _:
@@ -150,8 +163,11 @@ class Scheduler:
                 f"TurnRequested.request={event.request!r}: already open for program={event.program}; "
                 "give each request a name of its own"
             )
-        if self._fits_nowhere(event):
-            self._reject(event)
+        if program is not None and self._versions.is_stale(program.oldest_weights):
+            self._expire(program, ExpiryReason.STALE, (*program.pending, event.request))
+            return
+        if (rejection := rejection_of(self._state, event)) is not None:
+            self._decisions.append(rejection)
             return
         event = self._policy.accept(event)
         if program is None:
@@ -175,6 +191,8 @@ class Scheduler:
         check_end(event)
         program = holder(self._state, event)
         if program is not None:
+            if event.weight_version is not None and event.output_tokens != 0:
+                program.note_weights(self._versions.number(event.weight_version))
             self._state.end_turn(program, event.grant, event.output_tokens, event.finish_reason, now)
             self._honour_mark(program)
 
@@ -230,7 +248,9 @@ class Scheduler:
         for name in event.backends:
             if name in self._state.backends:
                 self._state.set_updating(self._state.backends[name], updating)
-        if not updating:
+        if isinstance(event, WeightsUpdated):
+            if event.version is not None and self._versions.announce(event.version):
+                self._expire_stale()
             self._place_held(now)
 
     def _take_down(self, backend: Backend) -> None:
@@ -280,19 +300,6 @@ class Scheduler:
         for placement in self._policy.restores(self._state, now, tick=tick):
             program = self._state.programs[placement.program]
             self._restore(program, self._state.backends[placement.backend], now)
-
-    def _keep_moving(self, now: float) -> None:
-        if not self._state.num_waiting_pending or not self._state.has_idle_backend():
-            return
-        num_moved = 0
-        for backend in self._state.idle_backends():
-            waiting = takewhile(lambda program: program.pending, self._state.waiting(now))
-            first = next((program for program in waiting if backend.fits(program.context_tokens)), None)
-            if first is not None:
-                self._restore(first, backend, now)
-                num_moved += 1
-                if num_moved == MAX_MOVED:
-                    return
 
     def _place(self, program: Program, request: TurnRequested, now: float) -> None:
         name = self._policy.place(self._state, program, request, now)
@@ -363,7 +370,13 @@ class Scheduler:
             self._decisions.append(ReleaseSandbox(program=program.program_id))
         self._state.forget(program)
 
-    def _expire(self, now: float) -> None:
+    def _expire_stale(self) -> None:
+        """Those that ask; one that acts is told when it asks next."""
+        for program in list(self._state.programs.values()):
+            if program.pending and self._versions.is_stale(program.oldest_weights):
+                self._expire(program, ExpiryReason.STALE, tuple(program.pending))
+
+    def _expire_silent(self, now: float) -> None:
         """Terminate programs whose lease ran out; one that waits for an answer is not silent."""
         if self._config.lease_s is None:
             return
@@ -371,19 +384,11 @@ class Scheduler:
             if program.pending:
                 self._state.hear(program.program_id, now)
             else:
-                self._decisions.append(Expire(program=program.program_id))
-                self._forget(program)
+                self._expire(program, ExpiryReason.LEASE, ())
 
-    def _fits_nowhere(self, request: TurnRequested) -> bool:
-        """Never true while no backend is up."""
-        return bool(self._state.backends) and request.prompt_tokens + 1 > self._state.max_capacity_tokens
-
-    def _reject(self, request: TurnRequested) -> None:
-        why = (
-            f"prompt_tokens={request.prompt_tokens} and one token more fit no backend: the largest has "
-            f"capacity_tokens={self._state.max_capacity_tokens}; shorten the context or give the engine more KV memory"
-        )
-        self._decisions.append(Reject(program=request.program, request=request.request, why=why))
+    def _expire(self, program: Program, reason: ExpiryReason, requests: tuple[str, ...]) -> None:
+        self._decisions.append(Expire(program=program.program_id, reason=reason, requests=requests))
+        self._forget(program)
 
     def _reject_oversized(self, before_tokens: int) -> None:
         """Where the largest backend is smaller than before, or the first, answer the requests that fit none."""
@@ -391,8 +396,8 @@ class Scheduler:
             return
         for program in list(self._state.programs.values()):
             for pending in list(program.pending.values()):
-                if self._fits_nowhere(pending.event):
-                    self._reject(pending.event)
+                if (rejection := rejection_of(self._state, pending.event)) is not None:
+                    self._decisions.append(rejection)
                     self._state.drop_request(program, pending.event.request)
             if not program.ran and not program.has_open:
                 self._forget(program)

@@ -12,6 +12,7 @@ from thunder_rollout.engine.config import EngineConfig, check_resources
 from thunder_rollout.engine.factory import create_engine
 from thunder_rollout.engine.host import EngineHost
 from thunder_rollout.engine.protocol import EngineInfo, EngineStats, GenerateRequest, Generation
+from thunder_rollout.engine.weights import UpdateMode, WeightSource
 
 __all__ = ["EngineActor", "check_resources", "create_engine_actor"]
 
@@ -46,6 +47,9 @@ class EngineActor:
 
     async def cache_changes(self, *, whole: bool = False) -> CacheChanges | None:
         return await self._engine.cache_changes(whole=whole)
+
+    async def update_weights(self, source: WeightSource, version: str, mode: UpdateMode) -> None:
+        await self._engine.update_weights(source, version=version, mode=mode)
 
     async def stop(self) -> None:
         await self._engine.stop()

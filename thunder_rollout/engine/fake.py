@@ -2,24 +2,27 @@
 
 Its time is the event loop's: real under `asyncio.run`, virtual under
 `virtual_time.run_in_virtual_time`. Tokens are a hash of the prompt and their position, or what a
-script says; log-probabilities are made up but negative and repeatable.
+script says, and of the weights' version; log-probabilities are made up but negative and repeatable.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
-from thunder_rollout.core.events import FinishReason
+from thunder_rollout.core.events import INITIAL_VERSION, FinishReason
 from thunder_rollout.engine.cache_report import CacheChanges, CacheReport
 from thunder_rollout.engine.config import EngineConfig
 from thunder_rollout.engine.hashing import ROOT_HASH, chain_hash
 from thunder_rollout.engine.model import EngineModel, EngineShape, EngineTiming
 from thunder_rollout.engine.protocol import EngineInfo, EngineStats, GenerateRequest, Generation, Sampling
 from thunder_rollout.engine.request_check import RequestLimits, check_request
-from thunder_rollout.errors import ConfigError, EngineDied, RequestError
+from thunder_rollout.engine.weights import FolderWeights, UpdateGate, UpdateMode, WeightSource
+from thunder_rollout.errors import ConfigError, EngineDied, WeightsRefused
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +45,8 @@ class _Pending:
 
 class FakeEngine:
     """`script(prompt_ids, sampling)` gives a turn's whole output (it ends there with reason `stop`,
-    or before with `length` at `max_tokens`). `die()` and `hang()` are the faults to inject."""
+    or before with `length` at `max_tokens`). Loading weights takes `update_s`. `die()` and `hang()` are
+    the faults to inject."""
 
     def __init__(
         self,
@@ -51,6 +55,7 @@ class FakeEngine:
         timing: EngineTiming | None = None,
         script: Script | None = None,
         vocab_size: int = 32_000,
+        update_s: float = 0.0,
     ) -> None:
         max_model_len = config.max_model_len or DEFAULT_MAX_MODEL_LEN
         num_blocks = config.num_kv_blocks or -(-max_model_len // config.block_size) * DEFAULT_KV_CACHE_TURNS
@@ -74,6 +79,8 @@ class FakeEngine:
         self._report = CacheReport()
         self._publishes_kv_events = config.publishes_kv_events
         self._pending: dict[str, _Pending] = {}
+        self._gate = UpdateGate()
+        self._update_s = update_s
         self._work = asyncio.Event()
         self._runner: asyncio.Task[None] | None = None
         self._dead: str | None = "the engine was not started"
@@ -99,13 +106,16 @@ class FakeEngine:
     async def generate(self, request: GenerateRequest) -> Generation:
         self._check_alive()
         prompt_ids = check_request(request, self._limits)
-        if request.request_id in self._pending:
-            raise RequestError(f"request {request.request_id}: request_id: a turn of this id is still running")
+        async with self._gate.turn(request.request_id):
+            self._check_alive()
+            return await self._run_turn(request, prompt_ids)
+
+    async def _run_turn(self, request: GenerateRequest, prompt_ids: list[int]) -> Generation:
         pending = _Pending(
             request=request,
             done=asyncio.get_running_loop().create_future(),
             script=None if self._script is None else self._script(prompt_ids, request.sampling),
-            root=chain_hash(ROOT_HASH, prompt_ids),
+            root=chain_hash(_weights_hash(self._gate.version), prompt_ids),
             queued_at_s=_now_s(),
         )
         self._pending[request.request_id] = pending
@@ -127,6 +137,7 @@ class FakeEngine:
     async def stats(self) -> EngineStats:
         self._check_alive()
         return EngineStats(
+            weight_version=self._gate.version,
             in_flight=len(self._pending),
             num_steps=self._num_steps,
             used_tokens=self._model.used_tokens,
@@ -148,6 +159,12 @@ class FakeEngine:
             return None
         return self._report.changes(self._model.cached_hashes(), whole=whole)
 
+    async def update_weights(self, source: WeightSource, *, version: str, mode: UpdateMode) -> None:
+        self._check_alive()
+        if isinstance(source, FolderWeights) and not Path(source.path).is_dir():
+            raise WeightsRefused(f"weights {source.path}: no such folder; give one that the engines can read")
+        await self._gate.update(version, self._load_weights, cut=None if mode is UpdateMode.WAIT else self._cut)
+
     async def stop(self) -> None:
         self.die("it was stopped")
         if self._runner is not None:
@@ -167,6 +184,16 @@ class FakeEngine:
             if not pending.done.done():
                 pending.done.set_exception(EngineDied(f"engine {self._name} is gone: {self._dead}", by_turn=by_turn))
             self._drop(request_id)
+
+    async def _cut(self, request_ids: list[str]) -> None:
+        for request_id in request_ids:
+            if request_id in self._pending:
+                self._finish(request_id, FinishReason.ABORT)
+
+    async def _load_weights(self) -> None:
+        await asyncio.sleep(self._update_s)
+        self._check_alive()
+        self._model.forget_cache()
 
     async def _run(self) -> None:
         while True:
@@ -235,6 +262,7 @@ class FakeEngine:
                 queue_s=admitted_s - pending.queued_at_s,
                 prefill_s=first_token_s - admitted_s,
                 decode_s=now_s - first_token_s,
+                weight_version=self._gate.version,
             )
         )
 
@@ -245,6 +273,10 @@ class FakeEngine:
     def _check_alive(self) -> None:
         if self._dead is not None:
             raise EngineDied(f"engine {self._name} is gone: {self._dead}")
+
+
+def _weights_hash(version: str) -> int:
+    return ROOT_HASH if version == INITIAL_VERSION else zlib.crc32(version.encode())
 
 
 def _now_s() -> float:

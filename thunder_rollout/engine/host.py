@@ -15,12 +15,14 @@ work, or the impossible result was its own. A turn that was once under such susp
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from typing import Any
 
 from thunder_rollout.engine.cache_report import CacheChanges
 from thunder_rollout.engine.protocol import Engine, EngineInfo, EngineStats, GenerateRequest, Generation
 from thunder_rollout.engine.result_check import what_is_wrong
+from thunder_rollout.engine.weights import UpdateMode, WeightSource
 from thunder_rollout.errors import EngineDied
 
 _ABORT_WAIT_S = 5.0  # for an engine to take note of an abort; one that hangs never does
@@ -57,18 +59,8 @@ class EngineHost:
             return self._info
 
     async def generate(self, request: GenerateRequest) -> Generation:
-        turn = asyncio.create_task(self._generate(self.engine, request))
-        died = asyncio.create_task(self._died.wait())
-        try:
-            await asyncio.wait([turn, died], return_when=asyncio.FIRST_COMPLETED)
-            if turn.done():
-                return turn.result()
-            assert self._dead is not None
-            raise EngineDied(str(self._dead), by_turn=self._dead.by_turn and request.request_id in self._gate.running)
-        finally:
-            for task in (turn, died):
-                task.cancel()
-            await asyncio.wait([turn, died], timeout=_ABORT_WAIT_S)
+        generation: Generation = await self._unless_it_dies(self._generate(self.engine, request), request.request_id)
+        return generation
 
     async def abort(self, request_id: str) -> None:
         await self.engine.abort(request_id)
@@ -89,8 +81,31 @@ class EngineHost:
     async def cache_changes(self, *, whole: bool = False) -> CacheChanges | None:
         return await self.engine.cache_changes(whole=whole)
 
+    async def update_weights(self, source: WeightSource, *, version: str, mode: UpdateMode) -> None:
+        try:
+            await self._unless_it_dies(self.engine.update_weights(source, version=version, mode=mode), None)
+        except EngineDied as error:
+            self._declare_dead(error)
+            raise
+
     async def stop(self) -> None:
         await self._end(EngineDied("the engine was stopped"))
+
+    async def _unless_it_dies(self, work: Coroutine[Any, Any, Any], request_id: str | None) -> Any:
+        """The result of what the engine does, of its turn `request_id` or another; raises `EngineDied` as
+        soon as the engine is known to be dead."""
+        task = asyncio.create_task(work)
+        died = asyncio.create_task(self._died.wait())
+        try:
+            await asyncio.wait([task, died], return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            assert self._dead is not None
+            raise EngineDied(str(self._dead), by_turn=self._dead.by_turn and request_id in self._gate.running)
+        finally:
+            for each in (task, died):
+                each.cancel()
+            await asyncio.wait([task, died], timeout=_ABORT_WAIT_S)
 
     async def _generate(self, engine: Engine, request: GenerateRequest) -> Generation:
         async with self._gate.turn(request.request_id, alone=request.suspect):

@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from thunder_rollout.core.events import INITIAL_VERSION
 from thunder_rollout.engine.cache_report import CacheChanges
+from thunder_rollout.engine.weights import UpdateMode, WeightSource
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +53,7 @@ class Generation:
     `token_ids` (N,) are the ids produced, the stop token included; `logprobs` (N,) their
     log-probabilities under the sampling distribution the engine reports (vLLM's
     `logprobs_mode`, default raw); `cached_tokens` of the `prompt_tokens` came from the cache.
+    All of them are of the weights `weight_version`.
     `finish_reason` is one of `core.events.FinishReason`. Times are seconds in the engine.
     """
 
@@ -62,7 +65,7 @@ class Generation:
     queue_s: float
     prefill_s: float
     decode_s: float
-    weight_version: str = "0"
+    weight_version: str = INITIAL_VERSION
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +86,7 @@ class EngineInfo:
 class EngineStats:
     """`in_flight` are the turns that it should be working on; with any, `num_steps` grows."""
 
+    weight_version: str
     in_flight: int
     num_steps: int  # since start
     used_tokens: int
@@ -113,6 +117,14 @@ class Engine(Protocol):
     async def cache_changes(self, *, whole: bool = False) -> CacheChanges | None:
         """What the prefix cache took in and gave up since the last call (`whole`: all it holds); for one
         caller. None while that isn't known, from an engine without block events always."""
+
+    async def update_weights(self, source: WeightSource, *, version: str, mode: UpdateMode) -> None:
+        """Serve these weights, called `version`, from now on; the cache is void. Turns in flight finish first
+        or are cut (they return with finish reason `abort`), turns that come meanwhile wait.
+
+        Raises `WeightsRefused` (the old weights serve on) if they are not this model's, `EngineDied` if
+        the engine is gone or loading failed half-way, which ends it. Cancelled, it leaves either version
+        whole."""
 
     async def stop(self) -> None:
         """Idempotent; frees the model and its processes."""

@@ -9,6 +9,7 @@ import ray
 
 from thunder_rollout.engine.cache_report import CacheChanges
 from thunder_rollout.engine.protocol import EngineInfo, EngineStats, GenerateRequest, Generation
+from thunder_rollout.engine.weights import MemoryWeights, UpdateMode, WeightSource
 from thunder_rollout.errors import EngineDied
 from thunder_rollout.remote import remote_call
 
@@ -46,6 +47,10 @@ class RemoteEngine:
         """End the actor's process, whatever state it is in; Ray makes it anew."""
         ray.kill(self._handle, no_restart=False)
 
+    async def update_weights(self, source: WeightSource, *, version: str, mode: UpdateMode) -> None:
+        """`source` may be what `shared` returned."""
+        await self._call(self._handle.update_weights.remote(source, version, mode))
+
     async def stop(self) -> None:
         """Idempotent also where the actor is gone."""
         with contextlib.suppress(EngineDied):
@@ -53,3 +58,8 @@ class RemoteEngine:
 
     async def _call(self, ref: Any) -> Any:
         return await remote_call(ref, died=EngineDied, what="the engine actor")
+
+
+def shared(source: WeightSource) -> Any:
+    """The source as an object of Ray's store where it is large, so that any number of engines read one copy."""
+    return ray.put(source) if isinstance(source, MemoryWeights) else source

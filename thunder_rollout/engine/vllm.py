@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+from contextlib import ExitStack
 from dataclasses import fields
 from typing import Any
 
@@ -23,6 +24,14 @@ from thunder_rollout.engine.protocol import EngineInfo, EngineStats, GenerateReq
 from thunder_rollout.engine.request_check import RequestLimits, check_request
 from thunder_rollout.engine.vllm_offload import offload_arguments, offload_tokens
 from thunder_rollout.engine.vllm_release import make_releasing, release_arguments
+from thunder_rollout.engine.weights import (
+    UpdateGate,
+    UpdateMode,
+    WeightSource,
+    as_folder,
+    check_weights,
+    half_loaded,
+)
 from thunder_rollout.errors import ConfigError, EngineDied, EngineFailed, RequestError, ThunderError
 
 logger = logging.getLogger(__name__)
@@ -42,6 +51,7 @@ _FIELDS = {
 
 # vLLM reports a repeated pattern (its own detector) under a reason of its own; it ended the turn.
 _FINISH_REASONS = {"repetition": FinishReason.STOP} | {str(reason): reason for reason in FinishReason}
+_RELOAD = {"cpu": "reload_weights_on_cpu", "gpu": "reload_weights"}  # the worker's method
 
 
 class VllmEngine:
@@ -54,7 +64,8 @@ class VllmEngine:
         self._stopped = False
         self._gauges = _Gauges()
         self._releases = False
-        self._in_flight: set[str] = set()
+        self._gate = UpdateGate()
+        self._half_loaded: EngineDied | None = None
         self._totals = {"prompt": 0, "cached": 0, "output": 0}
         self._limits: RequestLimits
         self._capacity_tokens = 0
@@ -90,16 +101,11 @@ class VllmEngine:
         )
 
     async def generate(self, request: GenerateRequest) -> Generation:
-        engine = self._alive()
+        self._alive()
         prompt_ids = check_request(request, self._limits)
-        if request.request_id in self._in_flight:
-            raise RequestError(f"request {request.request_id}: request_id: a turn of this id is still running")
-        self._in_flight.add(request.request_id)
-        try:
-            output = await self._final_output(engine, request, prompt_ids)
-        finally:
-            self._in_flight.discard(request.request_id)
-        generation = _to_generation(output, num_prompt=len(prompt_ids))
+        async with self._gate.turn(request.request_id):
+            output = await self._final_output(self._alive(), request, prompt_ids)
+            generation = _to_generation(output, num_prompt=len(prompt_ids), weight_version=self._gate.version)
         self._totals["prompt"] += generation.prompt_tokens
         self._totals["cached"] += generation.cached_tokens
         self._totals["output"] += len(generation.token_ids)
@@ -111,9 +117,10 @@ class VllmEngine:
     async def stats(self) -> EngineStats:
         if self._running().errored:
             raise await self._death()
-        gauges, idle = self._gauges, not self._in_flight  # vLLM reports only while it works
+        gauges, idle = self._gauges, not self._gate.in_flight  # vLLM reports only while it works
         return EngineStats(
-            in_flight=len(self._in_flight),
+            weight_version=self._gate.version,
+            in_flight=len(self._gate.in_flight),
             num_steps=gauges.num_steps,
             used_tokens=0 if idle else round(gauges.kv_usage * self._capacity_tokens),
             running=0 if idle else gauges.running,
@@ -137,6 +144,20 @@ class VllmEngine:
         self._alive()
         return await self._events.changes(whole=whole) if self._events is not None else None
 
+    async def update_weights(self, source: WeightSource, *, version: str, mode: UpdateMode) -> None:
+        engine = self._alive()
+        files = ExitStack()
+        try:
+            folder = await asyncio.to_thread(files.enter_context, as_folder(source))
+            await asyncio.to_thread(check_weights, folder, self._config.model)
+            await self._gate.update(
+                version,
+                lambda: self._load_weights(engine, str(folder), version),
+                cut=None if mode is UpdateMode.WAIT else engine.abort,
+            )
+        finally:
+            self._gate.after_load(files.close)
+
     async def stop(self) -> None:
         self._stopped = True
         if self._loading is None:
@@ -150,6 +171,8 @@ class VllmEngine:
     def _running(self) -> Any:
         if self._engine is None or self._stopped:
             raise EngineDied(f"engine {self._config.model} is not running")
+        if self._half_loaded is not None:
+            raise self._half_loaded
         return self._engine
 
     def _alive(self) -> Any:
@@ -171,6 +194,20 @@ class VllmEngine:
         else:
             why = f"exited with code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
         return EngineDied(f"engine {self._config.model} {why}; {_SEE_LOG}", by_turn=code not in _ENDED_FROM_OUTSIDE)
+
+    async def _load_weights(self, engine: Any, folder: str, version: str) -> None:
+        """No turn is inside. Anything that fails here leaves weights that no turn may see."""
+        self._alive()
+        try:
+            async with asyncio.timeout(self._config.startup_timeout_s):
+                await engine.pause_generation(mode="abort", clear_cache=True)
+                await engine.collective_rpc(_RELOAD[self._config.device], kwargs={"weights_path": folder})
+                await engine.update_weight_version(version)
+                await engine.resume_generation()
+        except Exception as error:
+            self._half_loaded = half_loaded(self._config.model, version, error)
+            await asyncio.to_thread(engine.shutdown, _STOP_GRACE_S)
+            raise self._half_loaded from error
 
     async def _final_output(self, engine: Any, request: GenerateRequest, prompt_ids: list[int]) -> Any:
         from vllm.inputs import tokens_input
@@ -277,6 +314,8 @@ def _engine_arguments(config: EngineConfig, known: set[str], events: KvEvents | 
         "kv_events_config": _kv_events_config(events),
         **offload_arguments(config.kv_offload_gib),
     }
+    if config.device == "cpu":
+        own["worker_extension_cls"] = "thunder_rollout.engine.vllm_reload.CpuReload"
     for name in config.extra:
         if name in own:
             raise ConfigError(f"engine.extra.{name}: this project sets it; use engine.{_FIELDS.get(name, name)}")
@@ -358,7 +397,7 @@ def _sampling_params(request: GenerateRequest, *, releases: bool) -> Any:
     )
 
 
-def _to_generation(output: Any, *, num_prompt: int) -> Generation:
+def _to_generation(output: Any, *, num_prompt: int, weight_version: str) -> Generation:
     completion, times = output.outputs[0], output.metrics
     token_ids = list(completion.token_ids)
     entries = completion.logprobs or []
@@ -374,6 +413,7 @@ def _to_generation(output: Any, *, num_prompt: int) -> Generation:
         queue_s=_between(times, "queued_ts", "scheduled_ts"),
         prefill_s=_between(times, "scheduled_ts", "first_token_ts"),
         decode_s=_between(times, "first_token_ts", "last_token_ts"),
+        weight_version=weight_version,
     )
 
 

@@ -63,4 +63,6 @@ def _build(module: Any, row: dict[str, Any], key: str) -> Any:
     cls = getattr(module, row.pop(key))
     if "finish_reason" in row:
         row["finish_reason"] = event_types.FinishReason(row["finish_reason"])
+    if cls is decision_types.Expire and "reason" in row:
+        row["reason"] = decision_types.ExpiryReason(row["reason"])
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in row.items()})

@@ -10,10 +10,12 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Protocol
 
 from thunder_rollout.agent.loop import TurnResult
+from thunder_rollout.agent.trajectory import WeightSegment
 from thunder_rollout.core.events import (
     BackendDown,
     BackendStats,
@@ -63,11 +65,57 @@ class LocalScheduler:
         self._service.close(program, reason=reason)
 
 
+@dataclass(slots=True)
+class _Pieces:
+    """A turn's output as far as it got: one generation, or several where it was cut and went on."""
+
+    prompt_ids: list[int]
+    sampling: Sampling
+    parts: list[Generation] = field(default_factory=list)
+
+    @property
+    def context_ids(self) -> list[int]:
+        return self.prompt_ids + [token_id for part in self.parts for token_id in part.token_ids]
+
+    @property
+    def rest(self) -> Sampling:
+        done = sum(len(part.token_ids) for part in self.parts)
+        return replace(self.sampling, max_tokens=self.sampling.max_tokens - done)
+
+    def add(self, part: Generation) -> None:
+        if part.token_ids or part.finish_reason != FinishReason.ABORT:
+            self.parts.append(part)
+
+    def whole(self) -> Generation:
+        """Prompt, hits and queue of the first part, version and finish reason of the last, the rest summed."""
+        first, last = self.parts[0], self.parts[-1]
+        return replace(
+            last,
+            token_ids=[token_id for part in self.parts for token_id in part.token_ids],
+            logprobs=[logprob for part in self.parts for logprob in part.logprobs],
+            prompt_tokens=first.prompt_tokens,
+            cached_tokens=first.cached_tokens,
+            queue_s=sum(part.queue_s for part in self.parts),
+            prefill_s=sum(part.prefill_s for part in self.parts),
+            decode_s=sum(part.decode_s for part in self.parts),
+        )
+
+    def weights(self) -> list[WeightSegment]:
+        by_version = itertools.groupby(self.parts, key=lambda part: part.weight_version)
+        segments = [(version, sum(len(part.token_ids) for part in parts)) for version, parts in by_version]
+        return [WeightSegment(version=version, num_tokens=num_tokens) for version, num_tokens in segments]
+
+    @property
+    def refill_tokens(self) -> int:
+        return sum(part.prompt_tokens - part.cached_tokens for part in self.parts[1:])
+
+
 class ProgramClient:
     """One program from open to close, as an async context manager; the agent loop's `ModelClient`.
 
     `block_size` makes it send block hashes with each request (policies that look at prefixes). A
-    turn whose engine dies, or that is aborted from outside, is asked again, from the same ids.
+    turn whose engine dies is asked again, from the same ids. So is one that is cut from outside (for new
+    weights): from what it has if `keep_cut_output`, else from its prompt.
 
     Poison: a turn that may have brought an engine down (`EngineDied.by_turn`: it ran while the engine
     failed at its work or hung, or its own result was nonsense) runs alone when it is asked again; one
@@ -85,6 +133,7 @@ class ProgramClient:
         owner: str = "",
         sandbox: SandboxSpec | None = None,
         block_size: int | None = None,
+        keep_cut_output: bool = True,
     ) -> None:
         self.program = program
         self._scheduler = scheduler
@@ -94,6 +143,7 @@ class ProgramClient:
         self._owner = owner
         self._sandbox = sandbox
         self._hasher = BlockHasher(block_size) if block_size else None
+        self._keep_cut_output = keep_cut_output
         self._turn_numbers = itertools.count()
 
     async def __aenter__(self) -> ProgramClient:
@@ -108,21 +158,23 @@ class ProgramClient:
 
     async def turn(self, prompt_ids: list[int], sampling: Sampling) -> TurnResult:
         """Run one turn; raises `EngineDied` only when no engine is left, `EngineFailed` when a living
-        one could not finish it, `RequestPoisoned` when it brings engines down."""
+        one could not finish it, `RequestPoisoned` when it brings engines down, `Stale` when its tokens
+        are of weights too old to go on from."""
         started = asyncio.get_running_loop().time()
         queue_s = 0.0
         suspect = False
+        pieces = _Pieces(prompt_ids, sampling)
         while True:
-            request = f"{self.program}/{next(self._turn_numbers)}"
-            grant = await self._scheduler.admit(self._request(request, prompt_ids, sampling))
+            request, context_ids = f"{self.program}/{next(self._turn_numbers)}", pieces.context_ids
+            grant = await self._scheduler.admit(self._request(request, context_ids))
             queue_s += grant.queue_s
             try:
                 generation = await self._generate(
                     grant,
                     GenerateRequest(
                         request_id=request,
-                        prompt_ids=prompt_ids,
-                        sampling=sampling,
+                        prompt_ids=context_ids,
+                        sampling=pieces.rest,
                         suspect=suspect,
                         program=self.program,
                         released=grant.released,
@@ -137,12 +189,17 @@ class ProgramClient:
                     ) from error
                 suspect = suspect or error.by_turn
                 continue
-            if generation.finish_reason == FinishReason.ABORT:
-                continue  # somebody cut the turn, not its program
+            if generation.finish_reason == FinishReason.ABORT:  # somebody cut the turn, not its program
+                if self._keep_cut_output:
+                    pieces.add(generation)
+                continue
             if generation.finish_reason == FinishReason.ERROR:
                 raise EngineFailed(f"program {self.program}: {grant.backend} could not finish a turn")
+            pieces.add(generation)
             return TurnResult(
-                generation=generation,
+                generation=pieces.whole(),
+                weights=pieces.weights(),
+                refill_tokens=pieces.refill_tokens,
                 backend=grant.backend,
                 queue_s=queue_s,
                 engine_s=asyncio.get_running_loop().time() - started - queue_s,
@@ -163,13 +220,15 @@ class ProgramClient:
             ended = TurnEnded(program=self.program, grant=grant.grant, finish_reason=FinishReason.ABORT)
             await asyncio.shield(self._scheduler.post(ended))
             raise
+        is_dropped = generation.finish_reason == FinishReason.ABORT and not self._keep_cut_output
         await self._scheduler.post(
             TurnEnded(
                 program=self.program,
                 grant=grant.grant,
-                output_tokens=len(generation.token_ids),
+                output_tokens=0 if is_dropped else len(generation.token_ids),
                 cached_tokens=generation.cached_tokens,
                 finish_reason=FinishReason(generation.finish_reason),
+                weight_version=generation.weight_version,
             )
         )
         return generation
@@ -179,7 +238,7 @@ class ProgramClient:
         with contextlib.suppress(BadEvent):  # another program may have reported it first
             await self._scheduler.post(down)
 
-    def _request(self, request: str, prompt_ids: list[int], sampling: Sampling) -> TurnRequested:
+    def _request(self, request: str, prompt_ids: list[int]) -> TurnRequested:
         return TurnRequested(
             program=self.program,
             request=request,

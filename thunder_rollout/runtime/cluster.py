@@ -21,13 +21,15 @@ from thunder_rollout.config import RolloutConfig
 from thunder_rollout.engine.actor import check_resources, create_engine_actor
 from thunder_rollout.engine.config import EngineConfig
 from thunder_rollout.engine.protocol import EngineInfo, Sampling
-from thunder_rollout.engine.remote import RemoteEngine
-from thunder_rollout.errors import ConfigError
+from thunder_rollout.engine.remote import RemoteEngine, shared
+from thunder_rollout.engine.weights import UpdateMode, WeightSource
+from thunder_rollout.errors import ConfigError, WeightsRefused
 from thunder_rollout.runtime.actor import RemoteScheduler, create_scheduler_actor
 from thunder_rollout.runtime.aio import task_group
 from thunder_rollout.runtime.config import RayConfig
 from thunder_rollout.runtime.store import RunStore, SampleKey
 from thunder_rollout.runtime.supervisor import EngineSupervisor
+from thunder_rollout.runtime.weights import UpdateReport, Weights, WeightsFolder
 from thunder_rollout.runtime.worker import SampleOutcome, WorkerConfig, grader_names, program_name
 from thunder_rollout.runtime.worker_actor import RemoteWorker, WorkerDied, create_worker
 from thunder_rollout.sandbox.actor import create_sandbox_hosts
@@ -37,6 +39,7 @@ from thunder_rollout.tasks.task import Task
 logger = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S = 20.0
+WEIGHTS_POLL_S = 1.0  # rollout.weights_folder is looked at so often
 
 
 class Cluster:
@@ -53,6 +56,9 @@ class Cluster:
         self._workers: dict[str, RemoteWorker] = {}
         self._num_workers_made = 0
         self._supervisors: list[EngineSupervisor] = []
+        self._weights = Weights(mode=config.rollout.update_mode, batch=config.rollout.update_batch)
+        folder = config.rollout.weights_folder
+        self._weights_folder = WeightsFolder(folder) if folder else None
 
     async def __aenter__(self) -> Cluster:
         config = self.config
@@ -73,6 +79,8 @@ class Cluster:
         self._supervisors = [task.result() for task in starting]
         smallest = min((supervisor.info for supervisor in self._supervisors), key=lambda info: info.capacity_tokens)
         self._check_capacity(smallest)
+        if self._weights_folder and (newest := self._weights_folder.newest()):
+            self._weights.start_with(newest[0], version=newest[1])
         for supervisor in self._supervisors:
             await supervisor.announce()
         self._worker_config = self._make_worker_config(smallest)
@@ -131,6 +139,26 @@ class Cluster:
     def sample_finished(self, task: Task) -> None:
         self._hosts.sample_finished(task.image)
 
+    async def update_weights(self, source: WeightSource, *, version: str) -> UpdateReport:
+        """Serve other weights from now on, without losing a request; `rollout.update_mode` says what becomes
+        of turns in flight. Raises `WeightsRefused` if they are not this model's."""
+        return await self._weights.update(self.scheduler, self._engines, shared(source), version=version)
+
+    async def follow_weights(self) -> None:
+        """Load what appears in `rollout.weights_folder`, until cancelled. A checkpoint that is refused is
+        logged and passed over."""
+        if self._weights_folder is None:
+            return
+        while True:
+            await asyncio.sleep(WEIGHTS_POLL_S)
+            newest = self._weights_folder.newest()
+            if newest is None:
+                continue
+            try:
+                await self.update_weights(newest[0], version=newest[1])
+            except WeightsRefused as error:
+                logger.warning("weights %s are not loaded: %s", newest[1], error)
+
     async def num_sandboxes(self) -> int:
         return await self._hosts.num_running()
 
@@ -155,7 +183,7 @@ class Cluster:
         self._engine_handles[name] = handle
         self._engines[name] = RemoteEngine(handle)
         info = await self._engines[name].start()
-        return EngineSupervisor(name, self._engines[name], self.scheduler, info, engine)
+        return EngineSupervisor(name, self._engines[name], self.scheduler, info, engine, self._weights)
 
     def _check_capacity(self, info: EngineInfo) -> None:
         longest = min(self.config.agent.max_context_tokens, info.max_model_len)
@@ -175,6 +203,7 @@ class Cluster:
             max_model_len=info.max_model_len,
             limits=self.config.sandbox.limits,
             grading=self.config.grading,
+            keep_cut_output=rollout.update_mode is not UpdateMode.CUT,
             grading_attempts=rollout.max_attempts,
             sandbox_backend=self.sandbox_backend,
             block_size=info.block_size if self.config.scheduler.uses_block_hashes else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from thunder_rollout.engine.weights import UpdateMode
 from thunder_rollout.errors import ConfigError
 
 
@@ -19,11 +20,18 @@ class RolloutSettings:
     top_p: float = 1.0
     top_k: int = -1
     max_attempts: int = 3  # tries of a sample that infrastructure failures interrupt
+    update_mode: UpdateMode = UpdateMode.KEEP  # what becomes of turns in flight when weights change
+    update_batch: int | None = None  # engines updated at a time; null: all at once
+    weights_folder: str | None = None  # checkpoints that appear there are loaded; see runtime.weights.WeightsFolder
 
     def __post_init__(self) -> None:
         for name in ("n", "num_engines", "num_workers", "concurrency", "max_attempts"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"rollout.{name}={getattr(self, name)!r}: must be at least 1")
+        if self.update_batch is not None and self.update_batch < 1:
+            raise ConfigError(
+                f"rollout.update_batch={self.update_batch!r}: must be at least 1, or null for all at once"
+            )
         if not 0 <= self.temperature <= 2:
             raise ConfigError(f"rollout.temperature={self.temperature!r}: must be in [0, 2] (0 is greedy)")
         if not 0 < self.top_p <= 1:

@@ -2,7 +2,8 @@
 
 Nothing finished is lost and nothing finished is redone (see `store`). A sample that an
 infrastructure failure interrupts is tried again up to `rollout.max_attempts` times and then
-counted under its failure's kind. Cancelling `run_rollout` (Ctrl-C) stops the samples, removes
+counted under its failure's kind. One that was dropped for being stale starts again as often as it
+takes, and is counted apart. Cancelling `run_rollout` (Ctrl-C) stops the samples, removes
 their sandboxes and still writes `summary.json`.
 """
 
@@ -18,7 +19,7 @@ from typing import Any
 
 from thunder_rollout.config import RolloutConfig
 from thunder_rollout.engine.config import check_model_folder
-from thunder_rollout.errors import GradingFailed, InfrastructureFailure, RequestPoisoned
+from thunder_rollout.errors import GradingFailed, InfrastructureFailure, RequestPoisoned, Stale
 from thunder_rollout.observe.metrics import MetricsSnapshot
 from thunder_rollout.observe.progress import Progress, SampleCounts
 from thunder_rollout.observe.wandb import WandbRun
@@ -41,6 +42,7 @@ class _Session:
     counts: SampleCounts
     outcomes: list[SampleOutcome] = field(default_factory=list)
     failures: Counter[str] = field(default_factory=Counter)
+    num_stale: int = 0  # attempts that were dropped since their tokens were of weights too old
     rollout_s: float = 0.0
     metrics: MetricsSnapshot | None = None
 
@@ -115,6 +117,7 @@ async def _run_samples(
             watchers = [
                 group.create_task(_watch(config, cluster, session, wandb), name="watch"),
                 group.create_task(cluster.supervise(), name="supervise"),
+                group.create_task(cluster.follow_weights(), name="follow weights"),
             ]
             samples = []
             cluster.expect([task for task, _ in work])
@@ -135,9 +138,15 @@ async def _run_sample(config: RolloutConfig, cluster: Cluster, session: _Session
     counts.running += 1
     cluster.sample_started(task)
     try:
-        for attempt in range(config.rollout.max_attempts):
+        tries, attempt = config.rollout.max_attempts, -1
+        while tries > 0:
+            tries, attempt = tries - 1, attempt + 1
             try:
                 outcome = await cluster.run_sample(task, key, attempt)
+            except Stale:
+                session.num_stale += 1
+                tries += 1  # the trainer's doing, and none of the machinery's
+                continue
             except InfrastructureFailure as failure:
                 logger.warning("task=%s sample=%d attempt=%d: %s", key.instance_id, key.sample, attempt, failure)
                 last = failure
@@ -206,6 +215,7 @@ def _summary(store: RunStore, session: _Session, sandbox_backend: str, wall_s: f
             rollout_s=session.rollout_s,
             wall_s=wall_s,
             failures=session.failures,
+            num_stale=session.num_stale,
             sandbox_backend=sandbox_backend,
         ),
     )

@@ -31,7 +31,7 @@ from thunder_rollout.core.events import (
     Withdrawn,
 )
 from thunder_rollout.core.scheduler import Scheduler
-from thunder_rollout.errors import BadEvent, EngineDied, InfrastructureFailure, Rejected, ThunderError
+from thunder_rollout.errors import BadEvent, EngineDied, InfrastructureFailure, Rejected, Stale, ThunderError
 from thunder_rollout.observe.metrics import MetricsSnapshot, RunMetrics
 from thunder_rollout.observe.trace import TraceWriter
 from thunder_rollout.runtime.places import Places
@@ -116,8 +116,9 @@ class SchedulerService:
     async def admit(self, event: TurnRequested) -> Grant:
         """Wait until the program may run this turn.
 
-        Raises `Rejected` if it never can, `BadEvent` for a bad request, `EngineDied` when no
-        backend is left and none is returning.
+        Raises `Rejected` if it never can, `BadEvent` for a bad request, `Stale` if its tokens are of
+        weights older than `max_staleness` allows, `EngineDied` when no backend is left and none is
+        returning.
         """
         if event.request in self._waiting:
             raise BadEvent(f"request={event.request} is waiting already; request ids are used once")
@@ -211,8 +212,10 @@ class SchedulerService:
                 self._spawn(self._prepare(program))
             case ReleaseSandbox(program=program):
                 self._spawn(self._release(program))
-            case Expire(program=program):
-                logger.warning("program=%s expired", program)
+            case Expire(program=program, reason=reason, requests=requests):
+                logger.warning("program=%s expired: %s", program, reason)
+                for request in requests:
+                    self._fail_waiter(request, Stale(f"program={program} has tokens of weights too old to go on from"))
             case Restore() | Pause():
                 pass
 

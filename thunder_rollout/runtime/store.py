@@ -28,15 +28,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from thunder_rollout.agent.trajectory import Trajectory, TurnRecord
+from thunder_rollout.agent.trajectory import Trajectory, TurnRecord, WeightSegment
 from thunder_rollout.errors import ConfigError
 
-_TURN = pa.struct(
-    [
-        pa.field(f.name, {"int": pa.int32(), "float": pa.float32()}.get(str(f.type).split(" ")[0], pa.string()))
-        for f in fields(TurnRecord)
-    ]
-)
+_SCALARS = {"int": pa.int32(), "float": pa.float32(), "str": pa.string()}
+
+
+def _struct(cls: Any) -> pa.DataType:
+    """Arrow's type of a record: each field by its annotation, `X | None` as X."""
+    types = _SCALARS | {"list[WeightSegment]": pa.list_(_SEGMENT)} if cls is TurnRecord else _SCALARS
+    return pa.struct([pa.field(f.name, types[str(f.type).removesuffix(" | None")]) for f in fields(cls)])
+
+
+_SEGMENT = _struct(WeightSegment)
+_TURN = _struct(TurnRecord)
 
 SCHEMA = pa.schema(
     [

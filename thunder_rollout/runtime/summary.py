@@ -24,6 +24,7 @@ class SessionTotals:
     rollout_s: float
     wall_s: float
     failures: Counter[str]
+    num_stale: int
     sandbox_backend: str
 
 
@@ -51,5 +52,6 @@ def summarise(store: RunStore, session: SessionTotals) -> dict[str, Any]:
         "sandbox_backend": session.sandbox_backend,
         "rollout_s": session.rollout_s,
         "wall_s": session.wall_s,
+        "num_stale": session.num_stale,
         "failures": dict(session.failures),
     }

@@ -3,9 +3,10 @@
 Contract: `announce` first, then `run` until it is cancelled or the engine is given up. Every
 `report_s` the engine is asked for its statistics. An engine that is dead (`EngineHost` says when),
 or that does not answer for `hang_s`, is down for the scheduler at once and started again under the
-next generation. A start that fails is tried again after a pause that doubles. After `max_restarts`
-starts in a row that led to no step of work the engine is given up, and `run` returns; the
-scheduler then fails who waits, if no other engine is up or returning.
+next generation, with the weights that the run serves by then. A start that fails is tried again
+after a pause that doubles. After `max_restarts` starts in a row that led to no step of work the
+engine is given up, and `run` returns; the scheduler then fails who waits, if no other engine is up
+or returning.
 
 Programs need nothing of this: their turns raise `EngineDied` and are asked again. Where only they
 lost sight of the engine, it is announced again under the next generation without a restart.
@@ -16,13 +17,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable
+from contextlib import nullcontext
 from typing import Protocol, TypeVar
 
 from thunder_rollout.core.events import BackendDown, BackendStats, BackendUp, Event
 from thunder_rollout.engine.cache_report import CacheChanges
 from thunder_rollout.engine.config import EngineConfig
 from thunder_rollout.engine.protocol import EngineInfo, EngineStats
-from thunder_rollout.errors import ConfigError, EngineDied
+from thunder_rollout.errors import EngineDied, UserError
+from thunder_rollout.runtime.weights import Weights, WeightsTaker
 
 T = TypeVar("T")
 
@@ -31,12 +34,10 @@ logger = logging.getLogger(__name__)
 MAX_BACKOFF_S = 60.0
 
 
-class RestartableEngine(Protocol):
+class RestartableEngine(WeightsTaker, Protocol):
     """`EngineHost` behind a handle: `RemoteEngine`."""
 
     async def start(self) -> EngineInfo: ...
-
-    async def stats(self) -> EngineStats: ...
 
     async def cache_changes(self, *, whole: bool = False) -> CacheChanges | None: ...
 
@@ -51,10 +52,16 @@ class SchedulerEvents(Protocol):
 
 
 class EngineSupervisor:
-    """`info` is what the started engine said of itself."""
+    """`info` is what the started engine said of itself; `weights` are those that the run serves now."""
 
     def __init__(
-        self, name: str, engine: RestartableEngine, scheduler: SchedulerEvents, info: EngineInfo, config: EngineConfig
+        self,
+        name: str,
+        engine: RestartableEngine,
+        scheduler: SchedulerEvents,
+        info: EngineInfo,
+        config: EngineConfig,
+        weights: Weights | None = None,
     ) -> None:
         self.name = name
         self.info = info
@@ -65,9 +72,18 @@ class EngineSupervisor:
         self._config = config
         self._num_in_a_row = 0
         self._cache_told_of: int | None = None  # the generation whose cache the scheduler knows
+        self._weights = weights
 
     async def announce(self) -> None:
-        """From here on the scheduler may send it programs."""
+        """Bring it to the run's weights; from here on the scheduler may send it programs."""
+        await self._announce(self.generation)
+
+    async def _announce(self, generation: int) -> None:
+        async with self._weights.load_into(self._engine) if self._weights is not None else nullcontext():
+            self.generation = generation
+            await self._post_up()
+
+    async def _post_up(self) -> None:
         await self._scheduler.post(
             BackendUp(
                 backend=self.name,
@@ -86,11 +102,10 @@ class EngineSupervisor:
             try:
                 stats = await self.stats()
                 cache = await self._answer(self._engine.cache_changes(whole=self._cache_told_of != self.generation))
+                await self._report(stats, cache)
             except EngineDied as error:
                 if not await self._restart(error):
                     return
-            else:
-                await self._report(stats, cache)
 
     async def stats(self) -> EngineStats:
         """Raises `EngineDied` also for an engine that does not answer, and kills it."""
@@ -135,14 +150,14 @@ class EngineSupervisor:
             try:
                 async with asyncio.timeout(self._config.startup_timeout_s):
                     self.info = await self._engine.start()
-            except (EngineDied, ConfigError, TimeoutError) as failure:
+                    await self._announce_next()
+            except (EngineDied, UserError, TimeoutError) as failure:
                 last = failure
                 logger.warning("backend=%s did not start again: %r; next try in %.0f s", self.name, failure, pause_s)
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, MAX_BACKOFF_S)
                 continue
             self.num_restarts += 1
-            await self._announce_next()
             logger.warning("backend=%s generation=%d is up again", self.name, self.generation)
             return True
         logger.error("backend=%s is given up after %d restarts: %s", self.name, self._num_in_a_row, last)
@@ -150,8 +165,7 @@ class EngineSupervisor:
         return False
 
     async def _announce_next(self) -> None:
-        self.generation += 1
-        await self.announce()
+        await self._announce(self.generation + 1)
 
     async def _down(self, why: Exception, *, returning: bool) -> None:
         await self._scheduler.post(

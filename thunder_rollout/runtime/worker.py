@@ -51,6 +51,7 @@ class WorkerConfig:
     grading: GradingConfig = field(default_factory=GradingConfig)
     grading_attempts: int = 1  # a finished episode is not thrown away for one grader's failure
     block_size: int | None = None  # set: block hashes go with every request
+    keep_cut_output: bool = True  # of turns that are cut for new weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,6 +155,7 @@ class RolloutWorker:
             owner=self._name,
             sandbox=spec,
             block_size=self._config.block_size,
+            keep_cut_output=self._config.keep_cut_output,
         )
         async with client:
             trajectory = await loop.run(task.problem_statement, client, sandbox)

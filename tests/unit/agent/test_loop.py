@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from thunder_rollout.agent.config import AgentConfig
-from thunder_rollout.agent.loop import AgentLoop, TurnResult
+from thunder_rollout.agent.loop import AgentLoop, TurnResult, in_one_piece
 from thunder_rollout.agent.trajectory import EndReason, Trajectory
 from thunder_rollout.engine.protocol import Generation, Sampling
 from thunder_rollout.sandbox.fake import FakeSandbox
@@ -45,7 +45,7 @@ class ScriptedModel:
             prefill_s=0.0,
             decode_s=0.0,
         )
-        return TurnResult(generation=generation, backend="e0", queue_s=1000.0, engine_s=1.0)
+        return in_one_piece(generation, backend="e0", queue_s=1000.0, engine_s=1.0)
 
     async def tool_started(self, tool: str) -> None:
         self.tools.append("started")

@@ -50,6 +50,7 @@ pytestmark = pytest.mark.slow
 
 PROGRAMS = st.sampled_from([f"p{index}" for index in range(8)])
 BACKENDS = st.sampled_from(["a", "b", "c"])
+VERSIONS = st.sampled_from([None, "0", "1", "2", "3"])
 TOKENS = st.integers(1, 1200) | st.integers(1, 300)
 CONFIGS = st.builds(
     SchedulerConfig,
@@ -66,6 +67,7 @@ CONFIGS = st.builds(
     ),
     capped=st.builds(CappedConfig, max_programs=st.integers(1, 4)),
     lease_s=st.sampled_from([None, None, 20.0]),
+    max_staleness=st.sampled_from([None, 0, 1]),
     adaptive=st.builds(
         AdaptiveConfig,
         admit_watermark=st.sampled_from([0.6, 0.9]),
@@ -154,7 +156,9 @@ class SchedulerMachine(RuleBasedStateMachine):
                     programs = state.backends[name].programs.values()
                     assert all(program.marked for program in programs), "all places are given up, for it is free"
             return
-        decisions = self.send(WeightsUpdated(backends=names))
+        version = data.draw(VERSIONS)
+        decisions = self.send(WeightsUpdated(backends=names, version=version))
+        self.check_staleness()
         if config.policy == "adaptive":
             ledger, again = state_ledger(self.shell), {decision.program for decision in decisions}
             for program_id, account in ledger.programs.items():
@@ -231,12 +235,25 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.send(TurnStarted(program=program, grant=grant))
         self.send(TurnProgress(program=program, grant=grant, output_tokens=output_tokens))
 
-    @rule(data=st.data(), output_tokens=st.none() | st.integers(0, 300), finish=st.sampled_from(FinishReason))
+    @rule(
+        data=st.data(),
+        output_tokens=st.none() | st.integers(0, 300),
+        finish=st.sampled_from(FinishReason),
+        version=VERSIONS,
+    )
     @precondition(lambda self: self.shell.grants)
-    def end(self, data: st.DataObject, output_tokens: int | None, finish: FinishReason) -> None:
+    def end(self, data: st.DataObject, output_tokens: int | None, finish: FinishReason, version: str | None) -> None:
         grant = data.draw(st.sampled_from(sorted(self.shell.grants)))
         program, _ = self.shell.grants[grant]
-        self.send(TurnEnded(program=program, grant=grant, output_tokens=output_tokens, finish_reason=finish))
+        self.send(
+            TurnEnded(
+                program=program,
+                grant=grant,
+                output_tokens=output_tokens,
+                finish_reason=finish,
+                weight_version=version,
+            )
+        )
 
     @rule(data=st.data())
     @precondition(lambda self: self.shell.waiting or self.shell.grants)
@@ -280,6 +297,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         if lease_s is not None:
             silent = [program for program in state.silent(self.shell.now, lease_s) if not program.pending]
             assert not silent
+
+    def check_staleness(self) -> None:
+        """Whoever is left and asks has no token that is too old."""
+        versions = self.shell.scheduler._versions
+        for program in self.shell.scheduler._state.programs.values():
+            assert not program.pending or not versions.is_stale(program.oldest_weights)
 
     def check_demand(self, backend: Backend) -> None:
         """What is left after committed releases is within the watermark, but for one program that the

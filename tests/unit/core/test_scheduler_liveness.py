@@ -13,8 +13,9 @@ from thunder_rollout.core.events import (
     WeightsUpdating,
 )
 from thunder_rollout.core.harness import Harness
+from thunder_rollout.core.liveness import MAX_MOVED
 from thunder_rollout.core.policies.base import PolicyBase, ProgramView, View
-from thunder_rollout.core.scheduler import MAX_MOVED, Scheduler
+from thunder_rollout.core.scheduler import Scheduler
 
 
 def thunder(**capacity_tokens: int) -> Harness:

@@ -14,6 +14,7 @@ from thunder_rollout.engine.fake import FakeEngine
 from thunder_rollout.engine.model import EngineTiming
 from thunder_rollout.engine.protocol import Engine, Generation
 from thunder_rollout.engine.virtual_time import run_in_virtual_time
+from thunder_rollout.engine.weights import MemoryWeights, UpdateMode, WeightSource
 from thunder_rollout.errors import ConfigError, EngineDied
 
 
@@ -23,6 +24,11 @@ async def engine() -> AsyncIterator[Engine]:
     await fake.start()
     yield fake
     await fake.stop()
+
+
+@pytest.fixture
+def weights() -> tuple[WeightSource, WeightSource]:
+    return MemoryWeights(image=None), MemoryWeights(image=None)
 
 
 async def test_what_it_says_of_itself(engine: Engine) -> None:
@@ -77,6 +83,33 @@ async def test_an_id_may_come_back_in_the_same_step(engine: FakeEngine) -> None:
     await first
     again = await engine.generate(request)
     assert len(again.token_ids) == 100
+
+
+async def test_an_engine_that_dies_while_it_loads_lets_nobody_wait() -> None:
+    fake = FakeEngine(CONFIG, update_s=0.05)
+    await fake.start()
+    update = asyncio.create_task(fake.update_weights(MemoryWeights(image=None), version="1", mode=UpdateMode.CUT))
+    await asyncio.sleep(0.01)
+    late = asyncio.create_task(run(fake, [1]))
+    await asyncio.sleep(0.01)
+    fake.die()
+    for waiting in (update, late):
+        with pytest.raises(EngineDied, match="killed by a test"):
+            await waiting
+    await fake.stop()
+
+
+async def test_an_update_that_is_cancelled_while_it_loads_still_ends_by_itself() -> None:
+    fake = FakeEngine(CONFIG, update_s=0.05)
+    await fake.start()
+    update = asyncio.create_task(fake.update_weights(MemoryWeights(image=None), version="1", mode=UpdateMode.CUT))
+    await asyncio.sleep(0.01)
+    update.cancel()
+    await asyncio.gather(update, return_exceptions=True)
+    assert (await run(fake, [1])).weight_version == "1", "no turn ran before the weights were whole"
+    await fake.update_weights(MemoryWeights(image=None), version="2", mode=UpdateMode.CUT)
+    assert (await run(fake, [1])).weight_version == "2"
+    await fake.stop()
 
 
 def test_virtual_time_is_the_models() -> None:

@@ -17,6 +17,7 @@ from thunder_rollout.engine.host import EngineHost
 from thunder_rollout.engine.protocol import GenerateRequest, Generation
 from thunder_rollout.engine.result_check import what_is_wrong
 from thunder_rollout.engine.virtual_time import run_in_virtual_time
+from thunder_rollout.engine.weights import MemoryWeights, UpdateMode, WeightSource
 from thunder_rollout.errors import EngineDied
 
 GOOD = Generation(
@@ -52,6 +53,24 @@ async def engine() -> AsyncIterator[EngineHost]:
     await host.start()
     yield host
     await host.stop()
+
+
+@pytest.fixture
+def weights() -> tuple[WeightSource, WeightSource]:
+    return MemoryWeights(image=None), MemoryWeights(image=None)
+
+
+async def test_an_update_of_an_engine_that_hangs_ends_with_it(engine: EngineHost) -> None:
+    turn = asyncio.create_task(run(engine, new_prompt(40), max_tokens=1000))
+    await asyncio.sleep(0.05)
+    update = asyncio.create_task(engine.update_weights(MemoryWeights(image=None), version="1", mode=UpdateMode.WAIT))
+    await asyncio.sleep(0.05)
+    engine._declare_dead(EngineDied("it hangs"))
+    for waiting in (turn, update):
+        with pytest.raises(EngineDied, match="it hangs"):
+            await waiting
+    await engine.start()
+    assert (await run(engine, new_prompt(40))).weight_version == "0"
 
 
 class Answers(FakeEngine):

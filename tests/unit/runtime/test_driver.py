@@ -8,7 +8,7 @@ import pytest
 
 from thunder_rollout.config import RolloutConfig, load_rollout_config
 from thunder_rollout.core.config import SchedulerConfig
-from thunder_rollout.errors import EngineDied, GradingFailed, RequestPoisoned, SandboxFailed, ThunderError
+from thunder_rollout.errors import EngineDied, GradingFailed, RequestPoisoned, SandboxFailed, Stale, ThunderError
 from thunder_rollout.observe.config import WandbConfig
 from thunder_rollout.observe.metrics import MetricsSnapshot
 from thunder_rollout.observe.progress import SampleCounts
@@ -69,6 +69,9 @@ class ScriptedCluster:
     async def supervise(self) -> None:
         await asyncio.Event().wait()
 
+    async def follow_weights(self) -> None:
+        await asyncio.Event().wait()
+
 
 @pytest.fixture(scope="module")
 def config() -> RolloutConfig:
@@ -117,6 +120,14 @@ async def test_a_poisoned_request_is_reported_and_not_tried_again(play):
     session, cluster = await play({(0, 0): RequestPoisoned("twice")}, samples=2)
     assert sorted(cluster.calls) == [(0, 0), (1, 0)]
     assert session.failures == {"request_poisoned": 1}
+
+
+async def test_a_stale_sample_starts_again_without_costing_it_a_try(play):
+    script = {(0, i): Stale("old tokens") for i in range(5)} | {(0, 5): EngineDied("x"), (0, 6): Stale("old tokens")}
+    session, cluster = await play(script, samples=1)
+    assert cluster.calls == [(0, i) for i in range(8)]
+    assert (session.counts.done, session.num_stale) == (1, 6)
+    assert not session.failures
 
 
 async def test_any_other_error_ends_the_run_as_itself(play):

@@ -3,7 +3,7 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
-from thunder_rollout.agent.trajectory import EndReason, Trajectory, TurnRecord
+from thunder_rollout.agent.trajectory import EndReason, Trajectory, TurnRecord, WeightSegment
 from thunder_rollout.errors import ConfigError
 from thunder_rollout.runtime.store import FinishedSample, RunStore, SampleKey, choose_run
 
@@ -16,7 +16,8 @@ def turn(start: int = 0) -> TurnRecord:
         output_tokens=2,
         finish_reason="stop",
         backend="engine0",
-        weight_version="0",
+        weights=[WeightSegment(version="0", num_tokens=2), WeightSegment(version="1", num_tokens=1)],
+        refill_tokens=5,
         queue_s=0.5,
         engine_s=0.25,
         prefill_s=0.125,

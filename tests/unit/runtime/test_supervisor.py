@@ -23,8 +23,10 @@ from thunder_rollout.core.events import BackendDown, BackendStats, BackendUp, Ev
 from thunder_rollout.engine.fake import FakeEngine
 from thunder_rollout.engine.protocol import EngineStats
 from thunder_rollout.engine.virtual_time import run_in_virtual_time
+from thunder_rollout.engine.weights import FolderWeights, MemoryWeights, UpdateMode
 from thunder_rollout.errors import EngineDied, RequestPoisoned
 from thunder_rollout.runtime.supervisor import EngineSupervisor
+from thunder_rollout.runtime.weights import Weights
 
 PROMPTS = [[1 + number, *range(100, 300)] for number in range(12)]
 
@@ -308,3 +310,48 @@ def test_the_scheduler_hears_what_a_cache_holds_once_in_full_and_then_what_chang
     assert (len(second.stored), second.removed, second.whole) == (1, (), False)
     assert (third.stored, set(third.removed), third.whole) == ((), {*first.stored, *second.stored}, False)
     assert (fourth.generation, fourth.stored, fourth.whole) == (1, (), True)
+
+
+def test_an_engine_that_starts_again_has_the_runs_weights_before_the_scheduler_hears_of_it() -> None:
+    async def main() -> tuple[list[str], list[BackendUp]]:
+        versions: list[str] = []
+
+        class Listening(RecordingScheduler):
+            async def post(self, event: Event) -> None:
+                if isinstance(event, BackendUp):
+                    versions.append((await host.stats()).weight_version)
+                await super().post(event)
+
+        host, scheduler = LocalHost(lambda: FakeEngine(CONFIG), SUPERVISED), Listening()
+        weights = Weights(mode=UpdateMode.KEEP, batch=None)
+        supervisor = EngineSupervisor("e0", host, scheduler, await host.start(), SUPERVISED, weights)
+        await supervisor.announce()
+        watching = asyncio.create_task(supervisor.run())
+        await weights.update(scheduler, {"e0": host}, MemoryWeights(image=None), version="1")
+        host.kill()
+        await asyncio.sleep(5.0)
+        watching.cancel()
+        await host.stop()
+        return versions, [event for event in scheduler.events if isinstance(event, BackendUp)]
+
+    versions, ups = run_in_virtual_time(main())
+    assert versions == ["0", "1"]
+    assert [up.generation for up in ups] == [0, 1]
+
+
+def test_an_engine_whose_weights_are_gone_is_given_up_in_the_generation_that_was_up() -> None:
+    async def main() -> tuple[list[Event], int]:
+        host, scheduler = LocalHost(lambda: FakeEngine(CONFIG), SUPERVISED), RecordingScheduler()
+        weights = Weights(mode=UpdateMode.KEEP, batch=None)
+        supervisor = EngineSupervisor("e0", host, scheduler, await host.start(), SUPERVISED, weights)
+        await supervisor.announce()
+        weights.start_with(FolderWeights(path="/nowhere"), version="1")
+        host.kill()
+        await supervisor.run()
+        await host.stop()
+        return scheduler.events, supervisor.num_restarts
+
+    events, num_restarts = run_in_virtual_time(main())
+    downs = [event for event in events if isinstance(event, BackendDown)]
+    assert [(down.generation, down.returning) for down in downs] == [(0, True), (0, False)]
+    assert num_restarts == 0

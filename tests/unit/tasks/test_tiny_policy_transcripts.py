@@ -11,7 +11,7 @@ from types import ModuleType
 
 from thunder_rollout.agent.chat import ChatFormat
 from thunder_rollout.agent.config import SYSTEM_PROMPT, AgentConfig
-from thunder_rollout.agent.loop import AgentLoop, TurnResult
+from thunder_rollout.agent.loop import AgentLoop, TurnResult, in_one_piece
 from thunder_rollout.agent.trajectory import EndReason
 from thunder_rollout.engine.protocol import Generation, Sampling
 from thunder_rollout.sandbox.fake import FakeSandbox
@@ -49,7 +49,7 @@ class Scripted:
             prefill_s=0.0,
             decode_s=0.0,
         )
-        return TurnResult(generation=generation, backend="scripted", queue_s=0.0, engine_s=0.0)
+        return in_one_piece(generation, backend="scripted", queue_s=0.0, engine_s=0.0)
 
     async def tool_started(self, tool: str) -> None: ...
 

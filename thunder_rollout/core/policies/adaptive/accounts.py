@@ -40,6 +40,7 @@ class ProgramAccount:
     context_tokens: int = 0
     reserve_tokens: float = 0.0
     num_in_flight: int = 0
+    was_granted: bool = False  # a turn, whether it finished or not: what comes next is computed again
     expected_output_tokens: int | None = None
     acting_since_s: float | None = None
     tool: str | None = None  # what it acts with

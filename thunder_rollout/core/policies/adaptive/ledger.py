@@ -201,8 +201,9 @@ class Ledger:
             output_tokens=self._expected_output(account),
             granted_s=self.now,
             served_s=home.clock.served_s,
-            refill=account.last_backend is not None and 2 * uncached > request.prompt_tokens,
+            refill=account.was_granted and 2 * uncached > request.prompt_tokens,
         )
+        account.was_granted = True
         self._charge(account, -1)
         account.runs[grant] = run
         account.reserve_tokens += run.output_tokens

@@ -1,0 +1,201 @@
+"""New weights for a running engine: what may be handed over, and the gate between turns and updates.
+
+Weights come in the checkpoint's own names and shapes, as a folder of safetensors files or as a mapping
+of tensors. A mapping crosses process borders as one safetensors image, and reaches the engine's worker
+processes as a file in shared memory, which is freed with the process that wrote it, however that ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from thunder_rollout.core.events import INITIAL_VERSION
+from thunder_rollout.errors import EngineDied, RequestError, WeightsRefused
+
+_DRAIN_POLL_S = 0.02  # a turn may be on its way into the engine while it is cut: it is cut again after this
+_TIED = {"lm_head.weight"}  # trainers hand it over also where the model ties it to its embedding
+
+
+class UpdateMode(StrEnum):
+    """What becomes of the turns in flight. An engine cuts them for KEEP and CUT alike; whether what they
+    produced is kept is up to who asked for them (`runtime.client`)."""
+
+    WAIT = "wait"  # they finish first
+    KEEP = "keep"  # they are cut and go on from their tokens under the new weights
+    CUT = "cut"  # they are cut and asked again from their prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FolderWeights:
+    """A folder with `*.safetensors`, readable where the engines run."""
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MemoryWeights:
+    """`image` (num_bytes,) uint8 is a whole safetensors file."""
+
+    image: Any
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Any]) -> MemoryWeights:
+        """`tensors` are torch tensors of any device by their checkpoint names; they are copied."""
+        from safetensors.torch import save
+
+        host = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+        return cls(image=np.frombuffer(save(host), dtype=np.uint8))
+
+
+WeightSource = FolderWeights | MemoryWeights
+
+
+@contextmanager
+def as_folder(source: WeightSource) -> Iterator[Path]:
+    """The source as a folder of safetensors files, while the context lasts. Raises `WeightsRefused`."""
+    if isinstance(source, FolderWeights):
+        yield Path(source.path).expanduser()
+        return
+    memory = os.memfd_create("thunder-weights")
+    try:
+        with open(memory, "wb", closefd=False) as file:
+            file.write(memoryview(source.image))
+        with tempfile.TemporaryDirectory(prefix="thunder-weights-") as folder:
+            (Path(folder) / "model.safetensors").symlink_to(f"/proc/{os.getpid()}/fd/{memory}")
+            yield Path(folder)
+    finally:
+        os.close(memory)
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor of the folder, by name. Raises `WeightsRefused` if there is none to read."""
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise WeightsRefused(f"weights {folder}: no *.safetensors there; give the folder save_pretrained wrote")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="np") as file:
+                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise WeightsRefused(f"weights {path}: not a whole safetensors file ({error}); write it again") from error
+    return shapes
+
+
+def check_weights(folder: Path, model: str) -> None:
+    """Raises `WeightsRefused` unless the folder has all tensors of `model` (a folder or a Hugging Face id),
+    in their shapes, and no others: what is missing would stay old, what differs would fail half-way."""
+    own = Path(model).expanduser()
+    if not own.is_dir():
+        from huggingface_hub import snapshot_download
+
+        own = Path(snapshot_download(model, local_files_only=True))
+    remedy = "hand over every tensor of the checkpoint that the engine was started with"
+    old, new = tensor_shapes(own), tensor_shapes(folder)
+    for names, what in ((old.keys() - new.keys(), "lacks"), (new.keys() - old.keys() - _TIED, "has an unknown")):
+        if names:
+            raise WeightsRefused(f"weights {folder}: {what} tensor {min(names)!r}, {len(names)} in all; {remedy}")
+    for name, shape in old.items():
+        if new[name] != shape:
+            raise WeightsRefused(f"weights {folder}: {name} has shape {new[name]}, the model's is {shape}; {remedy}")
+
+
+class UpdateGate:
+    """Turns run, or weights change, never both: so one turn has one weight version.
+
+    A turn that comes during an update waits at the gate, which opens however the update ends.
+    """
+
+    def __init__(self) -> None:
+        self.version = INITIAL_VERSION
+        self.in_flight: set[str] = set()
+        self._open = asyncio.Event()
+        self._open.set()
+        self._turn_over = asyncio.Event()
+        self._updates = asyncio.Lock()
+        self._loading: asyncio.Task[None] | None = None
+
+    @asynccontextmanager
+    async def turn(self, request_id: str) -> AsyncIterator[None]:
+        """Around one turn; raises `RequestError` where one of this id is inside."""
+        while not self._open.is_set():
+            await self._open.wait()
+        if request_id in self.in_flight:
+            raise RequestError(f"request {request_id}: request_id: a turn of this id is still running")
+        self.in_flight.add(request_id)
+        try:
+            yield
+        finally:
+            self.in_flight.discard(request_id)
+            self._turn_over.set()
+
+    async def update(
+        self,
+        version: str,
+        load: Callable[[], Awaitable[None]],
+        *,
+        cut: Callable[[list[str]], Awaitable[None]] | None,
+    ) -> None:
+        """Let the turns inside finish (`cut` None) or cut them, then `load`; what it raises is raised, and
+        the version stays. Cancelled before `load` began, nothing changes; later, it still ends by itself,
+        and the gate opens only then."""
+        async with self._updates:
+            if self._loading is not None:
+                await asyncio.wait([self._loading])  # of an update that was cancelled
+            self._open.clear()
+            try:
+                await self._drain(cut)
+            except BaseException:
+                self._open.set()
+                raise
+            self._loading = asyncio.create_task(self._load(version, load), name="load weights")
+            self._loading.add_done_callback(_retrieve)
+            await asyncio.shield(self._loading)
+
+    def after_load(self, do: Callable[[], None]) -> None:
+        """Once no load is under way any more: now, or when that of a cancelled update ends."""
+        if self._loading is None or self._loading.done():
+            do()
+        else:
+            self._loading.add_done_callback(lambda _: do())
+
+    async def _drain(self, cut: Callable[[list[str]], Awaitable[None]] | None) -> None:
+        while self.in_flight:
+            self._turn_over.clear()
+            if cut is not None:
+                await cut(list(self.in_flight))
+            try:
+                async with asyncio.timeout(None if cut is None else _DRAIN_POLL_S):
+                    await self._turn_over.wait()
+            except TimeoutError:
+                continue
+
+    async def _load(self, version: str, load: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await load()
+            self.version = version
+        finally:
+            self._open.set()
+
+
+def _retrieve(task: asyncio.Task[None]) -> None:
+    """Whoever waits hears of the failure; if nobody does any more, the engine's state tells."""
+    if not task.cancelled():
+        task.exception()
+
+
+def half_loaded(model: str, version: str, error: BaseException) -> EngineDied:
+    """An update that failed half-way: no turn may run on such weights."""
+    return EngineDied(f"engine {model}: loading weights {version} failed half-way ({error}); it has to start anew")
