@@ -15,9 +15,10 @@ import ray
 
 from tests.support.sandbox_contract import SPEC
 from thunder_rollout.errors import ConfigError, SandboxFailed
-from thunder_rollout.sandbox.actor import create_sandbox_host
+from thunder_rollout.sandbox.actor import create_sandbox_host, fleet_of
 from thunder_rollout.sandbox.config import SandboxConfig
-from thunder_rollout.sandbox.remote import RemoteSandboxHost
+from thunder_rollout.sandbox.fleet import REPORT_S
+from thunder_rollout.sandbox.remote import RemoteSandboxHost, RemoteSandboxHosts
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 RUN = f"test-ray-{os.getpid()}"
@@ -105,6 +106,33 @@ async def test_a_dead_host_is_a_typed_error_and_takes_its_sandboxes_along() -> N
     ray.kill(handle)
     with pytest.raises(SandboxFailed, match="host actor is gone"):
         await box.exec("true", timeout_s=5)
+    await asyncio.to_thread(wait_until_nothing_is_left)
+
+
+async def test_programs_of_a_dead_host_fail_and_new_ones_go_to_the_other() -> None:
+    handles = [create_sandbox_host(SandboxConfig(backend="local"), run=RUN, owner_pid=os.getpid()) for _ in range(2)]
+    fleet = fleet_of(handles)
+    hosts = RemoteSandboxHosts(fleet)
+    try:
+        assert await hosts.start([]) == "local"
+        hosts.expect([SPEC.image])
+        boxes = [hosts.sandbox(f"p{i}", SPEC) for i in range(4)]
+        await hosts.prepare("p0", SPEC)
+        await asyncio.gather(*(box.start() for box in boxes))
+        assert [await RemoteSandboxHost(handle).num_running() for handle in handles] == [2, 2]
+        ray.kill(handles[1])
+        outcomes = await asyncio.gather(*(box.exec("echo on", timeout_s=10) for box in boxes), return_exceptions=True)
+        assert sum(isinstance(outcome, SandboxFailed) for outcome in outcomes) == 2
+        await asyncio.gather(*(box.stop() for box in boxes))
+        again = [hosts.sandbox(f"p{i} again", SPEC) for i in range(4)]
+        await asyncio.gather(*(box.start() for box in again))
+        assert await RemoteSandboxHost(handles[0]).num_running() == 4
+        await asyncio.sleep(2 * REPORT_S)
+        assert await hosts.num_running() == 4
+    finally:
+        await hosts.stop()
+        for handle in (*handles, fleet.fleet):
+            ray.kill(handle)
     await asyncio.to_thread(wait_until_nothing_is_left)
 
 

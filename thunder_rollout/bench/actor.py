@@ -23,7 +23,7 @@ async def run_actor(config: BenchCoreConfig) -> dict[str, float]:
     round trip, hashes included), a message, and hashing a grown prompt. Writes
     `runs/bench/scheduler_actor.json`."""
     start_ray(RayConfig())
-    handle = create_scheduler_actor(config.scheduler, trace_path=None, hosts=[])
+    handle = create_scheduler_actor(config.scheduler, trace_path=None, hosts=None)
     scheduler = RemoteScheduler(handle)
     costs: dict[str, list[float]] = defaultdict(list)
     hasher, ids = BlockHasher(config.block_size), list(range(config.context_tokens))

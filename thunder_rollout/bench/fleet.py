@@ -95,7 +95,7 @@ class FleetHolder:
 async def scheduler_for(plan: CellPlan, fleet: Fleet) -> AsyncIterator[tuple[RemoteScheduler, list[EngineSupervisor]]]:
     """A fresh scheduler actor that knows the fleet, whose caches are empty, and what watches its engines."""
     await asyncio.gather(*(engine.reset_prefix_cache() for engine in fleet.engines.values()))
-    handle = create_scheduler_actor(plan.scheduler, trace_path=None, hosts=[])
+    handle = create_scheduler_actor(plan.scheduler, trace_path=None, hosts=None)
     scheduler = RemoteScheduler(handle)
     try:
         await scheduler.start()

@@ -16,7 +16,7 @@ from thunder_rollout.observe.trace import TraceWriter
 from thunder_rollout.remote import remote_call
 from thunder_rollout.runtime.service import Grant, SchedulerService
 from thunder_rollout.sandbox.protocol import SandboxSpec
-from thunder_rollout.sandbox.remote import RemoteSandboxHosts
+from thunder_rollout.sandbox.remote import FleetHandles, RemoteSandboxHosts
 
 # Every waiting program holds one call; Ray's default of 1,000 would block the releases behind them.
 MAX_CONCURRENCY = 100_000
@@ -29,7 +29,7 @@ class SchedulerDied(InfrastructureFailure):
 class SchedulerActor:
     """`SchedulerService` in a process of its own; adds nothing to it."""
 
-    def __init__(self, config: SchedulerConfig, trace_path: str | None, hosts: list[Any]) -> None:
+    def __init__(self, config: SchedulerConfig, trace_path: str | None, hosts: FleetHandles | None) -> None:
         self._service = SchedulerService(
             config,
             sandboxes=RemoteSandboxHosts(hosts) if hosts else None,
@@ -64,9 +64,9 @@ class SchedulerActor:
         return self._service.metrics()
 
 
-def create_scheduler_actor(config: SchedulerConfig, *, trace_path: Path | None, hosts: list[Any]) -> Any:
+def create_scheduler_actor(config: SchedulerConfig, *, trace_path: Path | None, hosts: FleetHandles | None) -> Any:
     """Start the one scheduler actor, on the caller's node, where the trace is written; `hosts` are the
-    sandbox hosts' actor handles."""
+    sandbox hosts' actor handles, if any."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     cls = ray.remote(num_cpus=0, max_concurrency=MAX_CONCURRENCY, scheduling_strategy=here)(SchedulerActor)
     return cls.remote(config, str(trace_path) if trace_path else None, hosts)

@@ -32,7 +32,7 @@ from thunder_rollout.runtime.supervisor import EngineSupervisor
 from thunder_rollout.runtime.weights import UpdateReport, Weights, WeightsFolder
 from thunder_rollout.runtime.worker import SampleOutcome, WorkerConfig, grader_names, program_name
 from thunder_rollout.runtime.worker_actor import RemoteWorker, WorkerDied, create_worker
-from thunder_rollout.sandbox.actor import create_sandbox_hosts
+from thunder_rollout.sandbox.actor import create_sandbox_fleet
 from thunder_rollout.sandbox.remote import RemoteSandboxHosts
 from thunder_rollout.tasks.task import Task
 
@@ -64,7 +64,7 @@ class Cluster:
         config = self.config
         start_ray(config.ray)
         check_resources(config.engine, config.rollout.num_engines, ray.cluster_resources())
-        self._host_handles = create_sandbox_hosts(config.sandbox, run=self.store.run_id, owner_pid=os.getpid())
+        self._host_handles = create_sandbox_fleet(config.sandbox, run=self.store.run_id, owner_pid=os.getpid())
         self._hosts = RemoteSandboxHosts(self._host_handles)
         self._scheduler_handle = create_scheduler_actor(
             config.scheduler,

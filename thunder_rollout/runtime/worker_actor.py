@@ -15,7 +15,7 @@ from thunder_rollout.remote import remote_call
 from thunder_rollout.runtime.actor import RemoteScheduler
 from thunder_rollout.runtime.store import RunStore, SampleKey
 from thunder_rollout.runtime.worker import RolloutWorker, SampleOutcome, WorkerConfig
-from thunder_rollout.sandbox.remote import RemoteSandboxHosts
+from thunder_rollout.sandbox.remote import FleetHandles, RemoteSandboxHosts
 from thunder_rollout.tasks.task import Task
 
 
@@ -27,7 +27,7 @@ class WorkerActor:
     """Loads the tokenizer once; adds nothing else to `RolloutWorker`."""
 
     def __init__(
-        self, name: str, config: WorkerConfig, scheduler: Any, engines: dict[str, Any], hosts: list[Any], folder: str
+        self, name: str, config: WorkerConfig, scheduler: Any, engines: dict[str, Any], hosts: FleetHandles, folder: str
     ) -> None:
         self._make_worker = lambda chat: RolloutWorker(
             name,
@@ -97,7 +97,7 @@ def create_worker(
     *,
     scheduler: Any,
     engines: dict[str, Any],
-    hosts: list[Any],
+    hosts: FleetHandles,
     folder: Path,
     concurrency: int,
 ) -> RemoteWorker:

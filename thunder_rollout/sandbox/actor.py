@@ -1,15 +1,19 @@
-"""The Ray actor around `SandboxHost`: one a node."""
+"""The Ray actors around `SandboxHost`, one a node, and around `SandboxFleet`, one a run."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from thunder_rollout.sandbox.config import BackendChoice, SandboxConfig
-from thunder_rollout.sandbox.host import HostStats, SandboxHost
+from thunder_rollout.sandbox.fleet import SandboxFleet
+from thunder_rollout.sandbox.host import SandboxHost
+from thunder_rollout.sandbox.placement import HostStats
 from thunder_rollout.sandbox.protocol import ExecResult, SandboxSpec
+from thunder_rollout.sandbox.remote import FleetHandles, RemoteSandboxHost
 
 MAX_CONCURRENCY = 100_000  # every command that runs holds one call
 
@@ -75,6 +79,40 @@ class SandboxHostActor:
         return self._host
 
 
+class FleetActor:
+    """`SandboxFleet` in a process of its own; adds nothing to it."""
+
+    def __init__(self, hosts: tuple[Any, ...]) -> None:
+        self._fleet = SandboxFleet([RemoteSandboxHost(handle) for handle in hosts])
+
+    async def start(self) -> None:
+        await self._fleet.start()
+
+    async def stop(self) -> None:
+        await self._fleet.stop()
+
+    async def place(self, program: str, image: str, disk_bytes: int) -> int:
+        return self._fleet.place(program, image, disk_bytes)
+
+    async def forget(self, program: str) -> int | None:
+        return self._fleet.forget(program)
+
+    async def suspect(self, host: int) -> None:
+        await self._fleet.suspect(host)
+
+    async def num_running(self) -> int:
+        return self._fleet.num_running()
+
+    async def expect(self, images: list[str]) -> None:
+        self._fleet.expect(images)
+
+    async def sample_started(self, image: str) -> None:
+        self._fleet.sample_started(image)
+
+    async def sample_finished(self, image: str) -> None:
+        self._fleet.sample_finished(image)
+
+
 def create_sandbox_host(
     config: SandboxConfig, *, run: str, owner_pid: int | None = None, node_id: str | None = None
 ) -> Any:
@@ -86,11 +124,20 @@ def create_sandbox_host(
     return cls.remote(config, run, owner_pid)
 
 
-def create_sandbox_hosts(config: SandboxConfig, *, run: str, owner_pid: int) -> list[Any]:
-    """Start one host on each node that is alive now; `owner_pid` is a process of the caller's node."""
+def create_sandbox_fleet(config: SandboxConfig, *, run: str, owner_pid: int) -> FleetHandles:
+    """Start one host on each node that is alive now, and the fleet on the caller's; `owner_pid` is a
+    process of the caller's node."""
     here = ray.get_runtime_context().get_node_id()
     nodes = sorted(node["NodeID"] for node in ray.nodes() if node["Alive"])
-    return [
+    return fleet_of(
         create_sandbox_host(config, run=run, owner_pid=owner_pid if node == here else None, node_id=node)
         for node in nodes
-    ]
+    )
+
+
+def fleet_of(hosts: Iterable[Any]) -> FleetHandles:
+    """Start the fleet over host actors (several may be on one node)."""
+    handles = tuple(hosts)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    cls = ray.remote(num_cpus=0, max_concurrency=MAX_CONCURRENCY, scheduling_strategy=here)(FleetActor)
+    return FleetHandles(fleet=cls.remote(handles), hosts=handles)

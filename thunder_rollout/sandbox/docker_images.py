@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +44,7 @@ class DockerImageEngine:
         self._on_disk: dict[str, int] = {}  # layers measured, by key
         self._credentials = Credentials(docker_config)
         info = self._api.info()
+        self._data = info.get("DockerRootDir") or ""
         indexes: dict[str, dict[str, Any]] = (info.get("RegistryConfig") or {}).get("IndexConfigs") or {}
         # Engines on containerd's store keep an image's compressed layers beside the unpacked ones.
         self._keeps_packed = any("io.containerd.snapshotter" in str(pair) for pair in info.get("DriverStatus") or [])
@@ -120,6 +122,12 @@ class DockerImageEngine:
                 if error.status_code != 409:
                     raise
                 raise ImageInUse(str(error.explanation)) from error
+
+    def free_disk_bytes(self) -> int | None:
+        try:
+            return shutil.disk_usage(self._data).free
+        except OSError:
+            return None
 
     def _layer(self, key: str, pull_bytes: int, unpacked_bytes: int) -> Layer:
         kept_bytes = pull_bytes if self._keeps_packed else 0

@@ -78,6 +78,9 @@ class FakeImageEngine:
                 raise ImageInUse(f"a container uses {name}")
             self.disk.pop(name, None)
 
+    def free_disk_bytes(self) -> int | None:
+        return None
+
     def _measure(self) -> None:
         layers = {layer.key: layer.disk_bytes for image in self.disk.values() for layer in image.layers}
         taken_bytes = sum((self._unpacking | layers).values()) + sum(self._packed_bytes.values())

@@ -23,6 +23,7 @@ from typing import Any
 from thunder_rollout.errors import SandboxFailed
 from thunder_rollout.sandbox.config import BackendChoice, SandboxConfig, select_backend
 from thunder_rollout.sandbox.image_store import ImageStore
+from thunder_rollout.sandbox.placement import HostStats
 from thunder_rollout.sandbox.protocol import ExecResult, Sandbox, SandboxSpec
 from thunder_rollout.sandbox.reaper import Reaper, sweep, sweep_leftovers
 from thunder_rollout.sandbox.session import new_session
@@ -35,16 +36,6 @@ _WATCH_EVERY_S = 2.0
 MakeSandbox = Callable[[SandboxSpec], Sandbox]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HostStats:
-    num_starting: int
-    num_running: int
-    num_started: int  # since the host started
-    num_failed: int
-    mean_start_s: float
-    images: tuple[str, ...] = ()  # on the node
-
-
 @dataclass(slots=True)
 class _Slot:
     sandbox: Sandbox
@@ -54,10 +45,16 @@ class _Slot:
 
 
 class SandboxHost:
-    """`make` replaces the backend (tests hand in fakes); then nothing is swept and no reaper runs."""
+    """`make` and `images` replace the backend (tests hand in fakes); then nothing is swept and no reaper runs."""
 
     def __init__(
-        self, config: SandboxConfig, *, run: str, owner_pid: int | None = None, make: MakeSandbox | None = None
+        self,
+        config: SandboxConfig,
+        *,
+        run: str,
+        owner_pid: int | None = None,
+        make: MakeSandbox | None = None,
+        images: ImageStore | None = None,
     ) -> None:
         self._config = config
         self._run = run
@@ -65,7 +62,7 @@ class SandboxHost:
         self._owner_pid = owner_pid
         self._make = make
         self._choice = BackendChoice(backend="fake", reason="handed in")
-        self._images: ImageStore | None = None
+        self._images = images
         self._reaper: Reaper | None = None
         self._reaper_watch: asyncio.Task[None] | None = None
         self._starts = asyncio.Semaphore(config.max_starts)
@@ -166,7 +163,11 @@ class SandboxHost:
             num_started=self._num_started,
             num_failed=self._num_failed,
             mean_start_s=self._total_start_s / max(1, self._num_started),
+            max_starts=self._config.max_starts,
+            num_cpus=os.cpu_count() or 1,
             images=tuple(self._images.present()) if self._images else (),
+            mean_pull_s=self._images.stats().mean_pull_s if self._images else 0.0,  # nothing to pull
+            free_disk_bytes=self._images.free_disk_bytes() if self._images else None,
         )
 
     async def stop(self) -> None:

@@ -96,3 +96,6 @@ class ImageEngine(Protocol):
 
     def remove(self, name: str) -> None:
         """Idempotent; its layers are off the disk when it returns. Raises `ImageInUse`."""
+
+    def free_disk_bytes(self) -> int | None:
+        """Where the engine's data lie; None if they lie on another machine. Takes no time."""

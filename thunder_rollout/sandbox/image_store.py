@@ -37,6 +37,7 @@ class ImageStats:
     pulled_bytes: int  # compressed, as the registry sent them
     held_bytes: int
     wait_s: float  # what leases waited for, in all
+    mean_pull_s: float | None  # None: nothing was pulled yet
 
 
 class ImageStore:
@@ -58,6 +59,7 @@ class ImageStore:
         self._stopping = False
         self._num_pulls = self._num_evictions = self._pulled_bytes = 0
         self._wait_s = 0.0
+        self._pulling_s = 0.0
 
     async def start(self) -> None:
         """Learn what is there, and evict what is over the budget already."""
@@ -123,7 +125,11 @@ class ImageStore:
             pulled_bytes=self._pulled_bytes,
             held_bytes=self._cache.held_bytes,
             wait_s=self._wait_s,
+            mean_pull_s=self._pulling_s / self._num_pulls if self._num_pulls else None,
         )
+
+    def free_disk_bytes(self) -> int | None:
+        return self._engine.free_disk_bytes()
 
     def _unpin(self, name: str) -> None:
         self._cache.unpin(name)
@@ -207,6 +213,7 @@ class ImageStore:
             self._cache.abandon_pull(name)
             self._changed()
         self._num_pulls += 1
+        self._pulling_s += time.monotonic() - began_s
         self._pulled_bytes += fetched_bytes
         logger.info("image=%s: pulled %.0f MB in %.1f s", name, fetched_bytes / 1e6, time.monotonic() - began_s)
 

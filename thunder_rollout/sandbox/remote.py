@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import zlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from thunder_rollout.errors import ConfigError, SandboxFailed
 from thunder_rollout.remote import remote_call
 from thunder_rollout.sandbox.config import BackendChoice
-from thunder_rollout.sandbox.host import HostStats
+from thunder_rollout.sandbox.placement import HostStats
 from thunder_rollout.sandbox.protocol import ExecResult, SandboxSpec
 
 HEARTBEAT_S = 2.0
 
+T = TypeVar("T")
+
+
+class SandboxHostDied(SandboxFailed):
+    """The sandbox host can't be reached; what it had is lost."""
+
 
 class RemoteSandboxHost:
-    """`handle` is what `create_sandbox_host` returned. A dead actor raises `SandboxFailed`."""
+    """`handle` is what `create_sandbox_host` returned. A dead actor raises `SandboxHostDied`."""
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
@@ -66,13 +72,22 @@ class RemoteSandboxHost:
         return RemoteSandbox(self._handle, program, spec)
 
 
-class RemoteSandboxHosts:
-    """The hosts of all nodes as one. A program's host follows from its name alone, so everybody who
-    holds the same handles finds it without asking."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetHandles:
+    """The actors of a run's sandbox hosts and of the fleet that places programs on them; travels to
+    everybody who needs a sandbox."""
 
-    def __init__(self, handles: Sequence[Any]) -> None:
-        """`handles` are what `create_sandbox_hosts` returned, in its order."""
-        self._hosts = [RemoteSandboxHost(handle) for handle in handles]
+    fleet: Any
+    hosts: tuple[Any, ...]
+
+
+class RemoteSandboxHosts:
+    """The hosts of all nodes as one; `SandboxFleet` says which of them has a program's sandbox."""
+
+    def __init__(self, handles: FleetHandles) -> None:
+        """`handles` are what `create_sandbox_fleet` returned."""
+        self._hosts = [RemoteSandboxHost(handle) for handle in handles.hosts]
+        self._fleet = handles.fleet
 
     async def start(self, images: list[str]) -> str:
         """The backend chosen, docker or local. Raises `ConfigError` if nodes disagree."""
@@ -82,40 +97,102 @@ class RemoteSandboxHosts:
                 f"sandbox.backend: some nodes have Docker and some have not ({', '.join(backends)}); "
                 "set sandbox.backend=local, or start Docker on every node"
             )
+        await _ask(self._fleet.start.remote())
         return backends[0]
 
     async def stop(self) -> None:
-        await asyncio.gather(*(host.stop() for host in self._hosts))
+        """A host that is gone is stopped."""
+        self._fleet.stop.remote()
+        for outcome in await asyncio.gather(*(host.stop() for host in self._hosts), return_exceptions=True):
+            if isinstance(outcome, BaseException) and not isinstance(outcome, SandboxHostDied):
+                raise outcome
 
     def expect(self, images: list[str]) -> None:
-        for host in self._hosts:
-            host.expect(images)
+        """The images of the samples to come, in their order. This and the next two are hints."""
+        self._fleet.expect.remote(images)
 
     def sample_started(self, image: str) -> None:
-        for host in self._hosts:
-            host.sample_started(image)
+        self._fleet.sample_started.remote(image)
 
     def sample_finished(self, image: str) -> None:
-        for host in self._hosts:
-            host.sample_finished(image)
+        self._fleet.sample_finished.remote(image)
 
     async def prepare(self, program: str, spec: SandboxSpec) -> float:
-        return await self._host(program).prepare(program, spec)
+        index = await self.place(program, spec)
+        return await self.on_host(index, self._hosts[index].prepare(program, spec))
 
     async def release(self, program: str) -> None:
-        await self._host(program).release(program)
+        index: int | None = await _ask(self._fleet.forget.remote(program))
+        if index is not None:
+            with contextlib.suppress(SandboxHostDied):  # and its sandboxes with it
+                await self.on_host(index, self._hosts[index].release(program))
 
     async def keep_alive(self) -> None:
         await asyncio.gather(*(host.keep_alive() for host in self._hosts))
 
     async def num_running(self) -> int:
-        return sum(await asyncio.gather(*(host.num_running() for host in self._hosts)))
+        num_running: int = await _ask(self._fleet.num_running.remote())
+        return num_running
 
-    def sandbox(self, program: str, spec: SandboxSpec) -> RemoteSandbox:
-        return self._host(program).sandbox(program, spec)
+    def sandbox(self, program: str, spec: SandboxSpec) -> PlacedSandbox:
+        return PlacedSandbox(self, program, spec)
 
-    def _host(self, program: str) -> RemoteSandboxHost:
-        return self._hosts[zlib.crc32(program.encode()) % len(self._hosts)]
+    async def place(self, program: str, spec: SandboxSpec) -> int:
+        index: int = await _ask(self._fleet.place.remote(program, spec.image, spec.limits.disk_bytes))
+        return index
+
+    def host(self, index: int) -> RemoteSandboxHost:
+        return self._hosts[index]
+
+    async def on_host(self, index: int, call: Awaitable[T]) -> T:
+        """Await a call to a host; that it died is told to the fleet before anybody tries again."""
+        try:
+            return await call
+        except SandboxHostDied:
+            await _ask(self._fleet.suspect.remote(index))
+            raise
+
+
+class PlacedSandbox:
+    """The `Sandbox` of one program on the host that the fleet chose for it, once it is started."""
+
+    def __init__(self, hosts: RemoteSandboxHosts, program: str, spec: SandboxSpec) -> None:
+        self._hosts = hosts
+        self._program = program
+        self._spec = spec
+        self._index = -1
+        self._inner: RemoteSandbox | None = None
+
+    async def start(self) -> None:
+        self._index = await self._hosts.place(self._program, self._spec)
+        self._inner = self._hosts.host(self._index).sandbox(self._program, self._spec)
+        await self._on_host(self._inner.start())
+
+    async def exec(self, command: str, *, timeout_s: float) -> ExecResult:
+        return await self._on_host(self._started().exec(command, timeout_s=timeout_s))
+
+    async def read_file(self, path: str) -> bytes:
+        return await self._on_host(self._started().read_file(path))
+
+    async def write_file(self, path: str, content: bytes) -> None:
+        await self._on_host(self._started().write_file(path, content))
+
+    async def diff(self, base_commit: str) -> bytes:
+        return await self._on_host(self._started().diff(base_commit))
+
+    async def clear(self) -> None:
+        await self._on_host(self._started().clear())
+
+    async def stop(self) -> None:
+        await self._hosts.release(self._program)
+
+    def _started(self) -> RemoteSandbox:
+        if self._inner is None:
+            raise SandboxFailed(f"sandbox: program={self._program} has none yet; start it first")
+        return self._inner
+
+    async def _on_host(self, call: Awaitable[T]) -> T:
+        return await self._hosts.on_host(self._index, call)
 
 
 class RemoteSandbox:
@@ -152,4 +229,8 @@ class RemoteSandbox:
 
 
 async def _call(ref: Any) -> Any:
-    return await remote_call(ref, died=SandboxFailed, what="the sandbox host actor")
+    return await remote_call(ref, died=SandboxHostDied, what="the sandbox host actor")
+
+
+async def _ask(ref: Any) -> Any:
+    return await remote_call(ref, died=SandboxFailed, what="the sandbox fleet's actor")

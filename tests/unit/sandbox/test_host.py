@@ -9,9 +9,12 @@ from collections.abc import Callable
 import pytest
 
 from thunder_rollout.errors import SandboxFailed
-from thunder_rollout.sandbox.config import SandboxConfig
+from thunder_rollout.sandbox.config import ImagesConfig, SandboxConfig
 from thunder_rollout.sandbox.fake import FakeSandbox
+from thunder_rollout.sandbox.fake_images import FakeImageEngine
 from thunder_rollout.sandbox.host import SandboxHost
+from thunder_rollout.sandbox.image_cache import Image, Layer
+from thunder_rollout.sandbox.image_store import ImageStore
 from thunder_rollout.sandbox.protocol import ExecResult, SandboxSpec
 
 SPEC = SandboxSpec(image="toy", files={"/testbed/a": b"1\n"}, labels={"task": "t"})
@@ -172,3 +175,56 @@ async def test_stop_takes_everything_down_and_is_final() -> None:
     assert factory.num_running() == 0
     with pytest.raises(SandboxFailed, match="not running"):
         await host.acquire("p", SPEC)
+
+
+TOY = Image(name="toy:latest", layers=(Layer(key="toy", pull_bytes=10, disk_bytes=10),))
+OTHER = Image(name="other:latest", layers=(Layer(key="other", pull_bytes=10, disk_bytes=10),))
+OTHER_SPEC = SandboxSpec(image="other")
+
+
+async def host_with_images(factory: Factory, engine: FakeImageEngine, budget_bytes: int) -> SandboxHost:
+    store = ImageStore(engine, ImagesConfig(budget_bytes=budget_bytes, retry_s=0.001))
+    await store.start()
+    return SandboxHost(SandboxConfig(), run="r", make=factory, images=store)
+
+
+async def test_an_image_is_on_the_node_while_a_sandbox_uses_it_and_no_longer_than_needed() -> None:
+    engine = FakeImageEngine([TOY, OTHER])
+    host = await host_with_images(Factory(), engine, budget_bytes=25)
+    await asyncio.gather(host.acquire("p", SPEC), host.acquire("q", SPEC))
+    waiting = asyncio.create_task(host.acquire("r", OTHER_SPEC))
+    await host.release("p")
+    await asyncio.sleep(0.02)
+    assert not waiting.done(), "q is still there"
+    assert host.stats().images == ("toy:latest",)
+    await host.release("q")
+    await waiting
+    assert host.stats().images == ("other:latest",)
+    await host.stop()
+
+
+async def test_an_image_that_nobody_has_fails_the_start_and_leaves_no_lease() -> None:
+    engine = FakeImageEngine([TOY])
+    host = await host_with_images(Factory(errors=2), engine, budget_bytes=25)
+    with pytest.raises(SandboxFailed, match="no registry has"):
+        await host.acquire("p", OTHER_SPEC)
+    with pytest.raises(SandboxFailed, match="no luck"):
+        await host.acquire("q", SPEC)
+    engine.registry = {"other:latest": OTHER}
+    await host.acquire("p", OTHER_SPEC)
+    assert host.stats().images == ("other:latest",)
+    assert host.stats().num_failed == 2
+    await host.stop()
+
+
+async def test_releasing_a_program_whose_image_is_being_pulled_leaves_no_lease() -> None:
+    engine = FakeImageEngine([TOY, OTHER], pull_s=0.03)
+    host = await host_with_images(Factory(), engine, budget_bytes=25)
+    waiting = asyncio.create_task(host.acquire("p", SPEC))
+    await asyncio.sleep(0.01)
+    await host.release("p")
+    with pytest.raises(SandboxFailed, match="released"):
+        await waiting
+    await host.acquire("q", OTHER_SPEC)
+    assert host.stats().images == ("other:latest",)
+    await host.stop()
