@@ -27,9 +27,15 @@ command -v dockerd >/dev/null || { say "no dockerd on PATH; install one, e.g. ap
 
 mkdir -p "$folder/data" "$folder/exec"
 rm -f "$folder/docker.pid"
-setsid dockerd --bridge=none --iptables=false --ip-forward=false --ip-masq=false \
-    --data-root "$folder/data" --exec-root "$folder/exec" --pidfile "$folder/docker.pid" \
-    -H "unix://$socket" >"$folder/dockerd.log" 2>&1 </dev/null &
+# Not with the caller's open files: a lock among them would be held for as long as the engine runs.
+(
+    for descriptor in /proc/"$BASHPID"/fd/*; do
+        if ((${descriptor##*/} > 2)); then eval "exec ${descriptor##*/}>&-"; fi
+    done
+    exec setsid dockerd --bridge=none --iptables=false --ip-forward=false --ip-masq=false \
+        --data-root "$folder/data" --exec-root "$folder/exec" --pidfile "$folder/docker.pid" \
+        -H "unix://$socket"
+) >"$folder/dockerd.log" 2>&1 </dev/null &
 engine=$!
 
 for ((i = 0; i < wait_s * 5; i++)); do
