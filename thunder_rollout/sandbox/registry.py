@@ -51,7 +51,7 @@ class Credentials:
                 with open(path):
                     pass
             self._auths = docker.auth.load_config(path)
-        except (OSError, docker.errors.DockerException) as error:
+        except (OSError, ValueError, docker.errors.DockerException) as error:
             raise ConfigError(
                 f"sandbox.images.docker_config={path!r}: can't be read ({type(error).__name__}); name a config.json "
                 "as `docker login` writes it"
