@@ -6,7 +6,9 @@ import base64
 import json
 import os
 import shutil
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -135,3 +137,16 @@ def test_a_registry_that_is_not_there_may_come_back(engine: DockerEngine) -> Non
 def test_a_docker_config_that_is_not_there_names_its_field(engine: DockerEngine) -> None:
     with pytest.raises(ConfigError, match=r"sandbox\.images\.docker_config"):
         DockerImageEngine(engine, "/no/such/config.json")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the recipe starts a Docker engine of its own, as root")
+def test_the_recipe_measures_what_a_disk_takes(registry: loopback.LoopbackRegistry) -> None:
+    script = Path(loopback.__file__).with_name("measure.py")
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:  # the path of a socket must be short
+        argv = [sys.executable, script, "--folder", folder, "--images", "24", "--scale", "0.05", "--task-s", "0"]
+        argv += ["--policies", "known", "--epochs", "1"]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        row = json.loads((Path(folder) / "table.json").read_text())["known"]
+    assert row["num_over_budget"] == 0
+    assert row["pulled_bytes"] > 24 * 2 * MB
