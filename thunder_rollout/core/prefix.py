@@ -17,6 +17,7 @@ needs it; `unique_blocks` is the sum over runs that a program bound to the backe
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -142,14 +143,18 @@ class PrefixTree:
 
     def start_turn(self, program: str, backend: str) -> None:
         """A turn of the program begins there: it uses the whole sequence until `end_turn`."""
-        self._pools[backend].running[program] += 1
+        pool = self._pools[backend]
+        pool.running[program] += 1
+        pool.writing[program] += self.num_blocks(program) - self.held_blocks(program, backend)
         self.hold(program, backend)
 
     def end_turn(self, program: str, backend: str) -> None:
-        running = self._pools[backend].running
-        running[program] -= 1
-        if not running[program]:
-            del running[program]
+        pool = self._pools[backend]
+        pool.running[program] -= 1
+        if not pool.running[program]:
+            del pool.running[program]
+            if pool.resident is None:
+                del pool.writing[program]
 
     def hold(self, program: str, backend: str, num_blocks: int | None = None) -> None:
         """`backend` just used the leading `num_blocks` (default: all) of the program's sequence."""
@@ -186,7 +191,9 @@ class PrefixTree:
             self._prune(run)
         if pool.resident is None:
             return None
-        num_wrong, gone = pool.compare(self._runs((*late, *pool.running)))
+        spared = (*late, *pool.running)
+        pool.writing = Counter({name: pool.writing[name] for name in spared})
+        num_wrong, gone = pool.compare(self._runs(spared))
         for run in gone:
             self._prune(run)
         self._evict(pool)

@@ -5,9 +5,9 @@ Belief: a run's leading blocks are held from their last use until the pool is fu
 recently used go, a sequence's tail before its head, as engines do it. A turn's blocks count as held
 from its grant, and what must go for them as gone: whatever is admitted later is computed later.
 
-A report is compared with it, run by run, before it replaces it; the difference is the *drift*. Left
-out are sequences that turns in flight are still writing, and as many blocks as they are yet to write of
-those believed gone for them. Without reports the belief stands alone.
+A report is compared with it, run by run, before it replaces it; the difference is the *drift*. Not
+counted is what turns in flight are yet to write, no more than their grants made them, and as many of the
+blocks believed gone for it. Without reports the belief stands alone.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class Pool:
         "recent",
         "resident",
         "running",
+        "writing",
     )
 
     def __init__(self, name: str, max_blocks: int) -> None:
@@ -56,6 +57,7 @@ class Pool:
         self.num_held = 0
         self.recent: OrderedDict[Run, None] = OrderedDict()
         self.running: Counter[str] = Counter()  # programs with turns in flight here
+        self.writing: Counter[str] = Counter()  # blocks that turns of these programs were granted to write
         self.resident: set[int] | None = None
         self._num_others = 0  # blocks in use that no run names, at the last report: outputs, what isn't full
         self._dropped: dict[Run, None] = {}  # runs of which blocks were believed gone since the last report
@@ -153,6 +155,7 @@ class Pool:
             if run in self.recent:
                 self.recent.move_to_end(run)
         self._num_others = len(self.resident) - num_named + len(self.running)
+        num_wrong += max(0, num_unwritten - sum(self.writing.values()))
         return num_wrong + max(0, num_missed - num_unwritten), gone
 
     def _drop(self, run: Run) -> None:

@@ -77,6 +77,36 @@ def test_a_turn_in_flight_is_left_alone_and_so_is_what_goes_for_it() -> None:
     assert tree.report("a", ()) == 2
 
 
+def test_a_turn_in_flight_is_to_write_no_more_than_it_lacked() -> None:
+    tree = tree_of(9, p=(1, 2, 3))
+    assert tree.report("a", (1, 2, 3)) == 0
+    tree.put("p", (1, 2, 3, 4))
+    tree.start_turn("p", "a")
+    assert tree.report("a", ()) == 0
+    assert tree.report("a", (), (2, 3)) == 2, "gone before it was scheduled"
+    tree.end_turn("p", "a")
+    assert tree.report("a", (2, 3, 4), late=("p",)) == 0
+    assert tree.report("a", ()) == 0
+    tree.start_turn("p", "a")
+    assert tree.report("a", (), (4,)) == 1, "it lacked nothing"
+    tree.end_turn("p", "a")
+    assert tree.report("a", (4,)) == 0
+    assert not tree._pools["a"].writing
+
+
+def test_without_news_nothing_is_kept_of_turns_that_are_over() -> None:
+    tree = PrefixTree()
+    tree.add_backend("a", 10)
+    tree.put("p", (1, 2))
+    for _ in range(2):
+        tree.start_turn("p", "a")
+    for _ in range(2):
+        assert tree._pools["a"].writing == {"p": 2}
+        tree.end_turn("p", "a")
+    assert not tree._pools["a"].writing
+    assert not tree._pools["a"].running
+
+
 def test_a_turn_in_flight_is_the_last_to_go() -> None:
     tree = tree_of(6, p=(1, 2, 3))
     tree.start_turn("p", "a")
