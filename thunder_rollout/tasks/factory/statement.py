@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 _MAX_SHOWN = 2
 _MAX_TEST_LINES = 40
+_MAX_HELPER_LINES = 10
 _MAX_ERROR_LINES = 8
 _MAX_LINE_CHARACTERS = 240
 _ADDRESS = re.compile(r"0x[0-9a-f]{6,}")
@@ -34,7 +35,7 @@ def _describe(test: str, sources: Mapping[str, str], account: str) -> str:
 
 
 def _source(test: str, sources: Mapping[str, str]) -> str:
-    """The test function's text under the imports that it needs; its name where it can't be found."""
+    """The test function's text under the imports and helpers it needs; its name where it can't be found."""
     path, _, name = test.partition("::")
     text = sources.get(path, "")
     names = name.partition("[")[0].split("::")
@@ -52,14 +53,31 @@ def _source(test: str, sources: Mapping[str, str]) -> str:
     shown = [line[indent:] for line in lines[:_MAX_TEST_LINES]]
     if len(lines) > _MAX_TEST_LINES:
         shown.append("    ...")
-    imports = _imports(tree, text, set(re.findall(r"\w+", "\n".join(shown))))
-    return "\n".join([*imports, *([""] if imports else []), *shown])
+    context = _context(tree, text, set(re.findall(r"\w+", "\n".join(shown))))
+    return "\n".join([*context, *([""] if context else []), *shown])
 
 
-def _imports(tree: ast.Module, text: str, used: set[str]) -> list[str]:
-    return [
-        ast.get_source_segment(text, node) or ""
-        for node in tree.body
-        if isinstance(node, ast.Import | ast.ImportFrom)
-        and any((alias.asname or alias.name).partition(".")[0] in used or alias.name == "*" for alias in node.names)
-    ]
+def _context(tree: ast.Module, text: str, used: set[str]) -> list[str]:
+    """The file's imports and short helpers that have one of the `used` names."""
+    parts = []
+    for node in tree.body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [name for name in node.names if _bound(name) in used or name.name == "*"]
+            if names:
+                node.names = names
+                parts.append(ast.unparse(node))
+        elif isinstance(node, ast.FunctionDef | ast.Assign) and _defined(node) in used:
+            helper = ast.get_source_segment(text, node) or ""
+            if helper.count("\n") < _MAX_HELPER_LINES and not _defined(node).startswith("test"):
+                parts.append(helper)
+    return parts
+
+
+def _bound(name: ast.alias) -> str:
+    return (name.asname or name.name).partition(".")[0]
+
+
+def _defined(node: ast.FunctionDef | ast.Assign) -> str:
+    if isinstance(node, ast.FunctionDef):
+        return node.name
+    return node.targets[0].id if isinstance(node.targets[0], ast.Name) else ""

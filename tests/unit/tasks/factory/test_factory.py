@@ -163,11 +163,33 @@ def test_a_journal_of_other_settings_is_begun_anew(tmp_path: Path, toy_task: Tas
         assert journal.find("1") is None
 
 
+LONG_TEST = """\
+import os, json as j
+from a import b, c
+
+SIZE = 3
+
+
+def make():
+    return SIZE
+
+
+def other():
+    pass
+
+
+class TestA:
+    def test_b(self, x):
+        assert make()
+"""
+
+
 def test_a_statement_names_the_case_and_cuts_long_tests() -> None:
-    body = "".join(f"    x{i} = {i}\n" for i in range(60))
-    source = f"import os, sys\n\n\nclass TestA:\n    def test_b(self, x):\n{body.replace('    ', '        ')}"
+    source = LONG_TEST + "".join(f"        x{i} = {i}\n" for i in range(60))
     told = "t.py:9: in test_b\nE   assert <object at 0x7f0011223344> == 1\n"
     text = problem_statement("tiny", ["t.py::TestA::test_b[1]"], {"t.py": source}, {"t.py::TestA::test_b[1]": told})
     assert "A check fails that ought to pass" in text
-    assert "(case `test_b[1]`)" in text and "\ndef test_b(self, x):\n    x0 = 0\n" in text and "\n    ...\n" in text
-    assert "import os" not in text and "assert <object at 0x...> == 1" in text
+    assert "(case `test_b[1]`)" in text
+    assert "\ndef test_b(self, x):\n    assert make()\n    x0 = 0\n" in text and "\n    ...\n" in text
+    assert "def make():\n    return SIZE\n" in text and "def other" not in text
+    assert "import" not in text and "assert <object at 0x...> == 1" in text

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# OUT=... run_make_tasks.sh [any override of conf/make_tasks.yaml]: tasks out of three packages.
+set -xeuo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+BIN=${BIN:-.venv/bin}
+OUT=${OUT:-runs/tasks}
+PACKAGES=${PACKAGES:-"toolz=1.0.0 more-itertools=10.7.0 boltons=25.0.0"}
+for package in $PACKAGES; do
+  name=${package%%=*} version=${package##*=}
+  "$BIN"/thunder-rollout make-tasks package="$name" version="$version" count=25 out="$OUT/$name-$version.jsonl" "$@"
+done
