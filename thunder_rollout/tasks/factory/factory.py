@@ -16,8 +16,9 @@ import asyncio
 import hashlib
 import logging
 import random
+import shlex
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -194,7 +195,6 @@ class _Trier:
         sources = {path: package.files[path].decode() for path in dict.fromkeys(map(_file, failed))}
         clean = package.modules[bug.path]
         files = self.place.files(buggy)
-        hidden = " ".join(f"'{path}'" for path in sources)
         return Task(
             instance_id=f"{package.name}-{package.version}.{bug.mutation.operator}.{bug.key}",
             repo=f"pypi/{package.name}",
@@ -207,7 +207,7 @@ class _Trier:
             patch=make_patch({bug.path: buggy[bug.path].decode()}, {bug.path: clean}),
             workdir=WORKDIR,
             files={path: content for path, content in files.items() if path.removeprefix(f"{WORKDIR}/") not in sources},
-            setup=f"cd {WORKDIR} && rm -f -- {hidden} && {new_repository()}",
+            setup=f"cd {WORKDIR} && rm -f -- {shlex.join(sources)} && {new_repository()}",
             test_files=sources,
             test_command=TEST_COMMAND,
             env=self.place.env,
@@ -240,7 +240,7 @@ async def _in_order(
     running: deque[tuple[Bug, asyncio.Task[Attempt]]] = deque()
     todo = iter(bugs)
 
-    async def results() -> AsyncIterator[tuple[Bug, Attempt]]:
+    async def results() -> AsyncGenerator[tuple[Bug, Attempt], None]:
         running.extend((bug, asyncio.create_task(work(bug))) for bug in islice(todo, width))
         while running:
             bug, attempt = running[0]
@@ -249,9 +249,11 @@ async def _in_order(
             running.extend((bug, asyncio.create_task(work(bug))) for bug in islice(todo, 1))
             yield bug, result
 
+    stream = results()
     try:
-        yield results()
+        yield stream
     finally:
+        await stream.aclose()
         for _, attempt in running:
             attempt.cancel()
         await asyncio.gather(*(attempt for _, attempt in running), return_exceptions=True)
