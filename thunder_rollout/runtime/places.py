@@ -5,6 +5,7 @@ before. A grant that is never used loses what it told, and LRU decides. In the s
 4, pairs of seeds, 95% intervals) it gained 4.1% (+-1.7) of the steps of `tool_orchestration` and 3.5%
 (+-0.8) of `mini_swe_agent` on h100x8_glm46_fp8, where programs act for so long that LRU reaches what they
 have while it spares what ended programs left; 0.5% (+-0.5) with the bench's short contexts on cpu_tiny.
+`thunder-rollout simulate sim_engine.release_on_pause=true` shows it.
 """
 
 from __future__ import annotations

@@ -238,12 +238,8 @@ class Ledger:
     # Inside
 
     def _new_model(self) -> PrefillModel:
-        config = self._config
-        return PrefillModel(
-            prior_token_s=config.prior_prefill_token_s,
-            prior_load_token_s=config.prior_load_token_s,
-            forgetting=config.forgetting,
-        )
+        prefill_s, load_s = self._config.prior_prefill_token_s, self._config.prior_load_token_s
+        return PrefillModel(prior_token_s=prefill_s, prior_load_token_s=load_s, forgetting=self._config.forgetting)
 
     def _expected_output(self, program: ProgramAccount) -> float:
         if program.expected_output_tokens is not None:

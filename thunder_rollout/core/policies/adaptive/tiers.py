@@ -2,8 +2,13 @@
 
 A tier is a pool of its own in the tree, under a bound of its own, in which nothing is bound. Engines
 store through: what a backend used it has in its tier too, and the least recently used goes first. So
-nobody orders what is offloaded (vLLM offers no such choice at a pause); what a program's pause costs
-follows from what the tier holds of it.
+nobody orders what is offloaded (vLLM offers no such choice at a pause): what the tier holds of a program
+is loaded, what it has dropped is computed again, and a pause costs what that costs.
+
+In the simulator (load 4) a tier of five pools gained `adaptive` 7% of the steps of `mini_swe_agent` and 5%
+of `tool_orchestration` on h100x8_glm46_fp8 (4 seeds, 3 to 13%), 20 to 26% on rtx5090_qwen3_8b, where prefill
+is dearer. Where loading costs 1% of prefill, as there, `sticky` with the tier is ahead by another 8 to 14%:
+nothing is left to schedule for but the turns that run.
 """
 
 from __future__ import annotations
