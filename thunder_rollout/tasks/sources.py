@@ -8,8 +8,8 @@ images are pulled when a run starts.
 | source | told by | graded |
 |---|---|---|
 | `swe_bench` (Verified, Lite) | `environment_setup_commit` | pytest repositories, django, sympy |
-| `swe_gym` | `base_commit` and `test_patch`, no image | pytest |
-| `swe_smith` | no `base_commit`; `patch` puts the bug in | pytest; the patch's reverse is the reference |
+| `swe_gym` | `test_patch`, no image | pytest |
+| `swe_smith` | an image named swesmith, or no `base_commit` | pytest; `patch` is the bug, its reverse the reference |
 | `swe_rebench` | `install_config` | pytest |
 | `r2e_gym` | `expected_output_json` | every test has its expected status; no reference patch |
 | `plain` | anything else with an image | as its columns say, see `rows` |
@@ -59,18 +59,18 @@ _BUG_PATCH = "/var/tmp/bug.patch"
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """`told_by` are columns that all its rows have and rows of sources further down don't."""
+    """`columns` are in all its rows; a row that has them and is `likely` is taken for one."""
 
     name: str
-    told_by: tuple[str, ...]
-    lacks: tuple[str, ...]
+    columns: tuple[str, ...]
     adapt: Callable[[Row], Row]
+    likely: Callable[[Row], bool] = lambda row: True
 
 
 def adapt_row(row: Row, source: str, where: str) -> Row:
     """`row` with the columns of `rows`; raises `TaskError`, which starts with `where`."""
-    chosen = _detect(row) if source == AUTO else next(known for known in SOURCES if known.name == source)
-    missing = [column for column in chosen.told_by if row.get(column) is None]
+    chosen = _detect(row) if source == AUTO else next(known for known in reversed(SOURCES) if known.name == source)
+    missing = [column for column in chosen.columns if row.get(column) is None]
     if missing:
         raise TaskError(f"{where}: {missing[0]} is missing, which every row of {chosen.name} has; set task.source")
     try:
@@ -84,10 +84,11 @@ class _Unusable(ValueError):
 
 
 def _detect(row: Row) -> Source:
-    def has(column: str) -> bool:
-        return row.get(column) is not None
-
-    return next(source for source in SOURCES if all(map(has, source.told_by)) and not any(map(has, source.lacks)))
+    return next(
+        source
+        for source in SOURCES
+        if all(row.get(column) is not None for column in source.columns) and source.likely(row)
+    )
 
 
 def _swe_bench(row: Row) -> Row:
@@ -170,14 +171,22 @@ def _plain(row: Row) -> Row:
     return {}
 
 
-SOURCES = (
-    Source("plain", ("test_command",), (), _plain),
-    Source("r2e_gym", ("expected_output_json", "docker_image", "repo_name"), (), _r2e_gym),
-    Source("swe_rebench", ("install_config", "base_commit"), (), _swe_rebench),
-    Source("swe_bench", ("environment_setup_commit", "base_commit"), (), _swe_bench),
-    Source("swe_smith", ("image_name", "patch"), ("base_commit",), _swe_smith),
-    Source("swe_gym", ("base_commit", "test_patch"), IMAGE_COLUMNS, _swe_gym),
-    Source("plain", (), (), _plain),
+def _is_smith(row: Row) -> bool:
+    return "swesmith" in row["image_name"] or row.get("base_commit") is None
+
+
+def _has_no_image(row: Row) -> bool:
+    return not any(row.get(name) for name in IMAGE_COLUMNS)
+
+
+SOURCES = (  # the first that fits wins
+    Source("plain", ("test_command",), _plain),
+    Source("r2e_gym", ("expected_output_json", "docker_image", "repo_name"), _r2e_gym),
+    Source("swe_rebench", ("install_config", "base_commit"), _swe_rebench),
+    Source("swe_smith", ("image_name", "patch", "FAIL_TO_PASS"), _swe_smith, _is_smith),
+    Source("swe_bench", ("environment_setup_commit", "base_commit"), _swe_bench),
+    Source("swe_gym", ("base_commit", "test_patch"), _swe_gym, _has_no_image),
+    Source("plain", (), _plain),
 )
 SOURCE_NAMES = (AUTO, *dict.fromkeys(source.name for source in SOURCES))
 

@@ -66,6 +66,12 @@ def test_an_image_of_the_rows_own_wins(tmp_path: Path) -> None:
     assert load_row(tmp_path, SWE_BENCH | {"image_name": "mirror/Acme:7"}).image == "mirror/Acme:7"
 
 
+def test_a_smith_row_is_told_by_its_image_too(tmp_path: Path) -> None:
+    row = SWE_SMITH | {"base_commit": "e" * 40, "image_name": "swebench/swesmith.x86_64.acme_1776_acme.0a1b2c3d"}
+    task = load_row(tmp_path, row)
+    assert (task.base_commit, task.patch, task.image) == ("HEAD", FIX, row["image_name"])
+
+
 def test_rebench_rows_bring_their_test_command(tmp_path: Path) -> None:
     assert load_row(tmp_path, SWE_REBENCH).test_command == SWE_REBENCH["install_config"]["test_cmd"]
 
@@ -160,3 +166,8 @@ async def test_an_r2e_row_is_judged_by_its_expected_statuses(tmp_path: Path) -> 
     verdict = await grade_locally(task, new_file("notes.txt", "All is well."))
     assert verdict.failed == ("test_three",)
     assert not (await grade_locally(task, BUG)).resolved
+
+
+def test_a_row_may_be_read_as_its_columns_say(tmp_path: Path) -> None:
+    task = load_row(tmp_path, SWE_BENCH | {"image_name": "own:1"}, source="plain")
+    assert (task.image, task.env) == ("own:1", {})
