@@ -11,7 +11,17 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from tests.support.published_rows import BUG, F2P, FIX, P2P, PUBLISHED, R2E_GYM, SWE_BENCH, SWE_REBENCH, SWE_SMITH
+from tests.support.published_rows import (
+    BUG,
+    F2P,
+    FIX,
+    P2P,
+    PUBLISHED,
+    R2E_GYM,
+    SWE_BENCH,
+    SWE_REBENCH,
+    SWE_SMITH,
+)
 from tests.unit.tasks.test_grading import grade_locally, locally, new_file
 from thunder_rollout.errors import TaskError
 from thunder_rollout.sandbox.local import LocalSandbox
@@ -171,3 +181,45 @@ async def test_an_r2e_row_is_judged_by_its_expected_statuses(tmp_path: Path) -> 
 def test_a_row_may_be_read_as_its_columns_say(tmp_path: Path) -> None:
     task = load_row(tmp_path, SWE_BENCH | {"image_name": "own:1"}, source="plain")
     assert (task.image, task.env) == ("own:1", {})
+
+
+RUNNER = """import sys, unittest
+sys.path[:0] = ['.', 'tests']
+labels = [part for part in sys.argv[1:] if not part.startswith('-') and part not in ('1', '2')]
+suite = unittest.defaultTestLoader.loadTestsFromNames(labels)
+sys.exit(not unittest.TextTestRunner(verbosity=2).run(suite).wasSuccessful())
+"""
+DJANGO_TESTS = """import unittest
+from acme.core import double
+class Tests(unittest.TestCase):
+    def test_two(self):
+        print('noise')
+        self.assertEqual(double(2), 4)
+    def test_three(self):
+        '''Three is doubled.'''
+        self.assertEqual(double(3), {})
+"""
+
+
+@pytest.mark.usefixtures("local_sandboxes")
+async def test_a_django_row_is_judged_by_its_runners_log(tmp_path: Path) -> None:
+    hidden = (
+        "diff --git a/tests/app/tests.py b/tests/app/tests.py\n--- a/tests/app/tests.py\n+++ b/tests/app/tests.py\n"
+    )
+    hidden += "@@ -8,2 +8,2 @@\n         '''Three is doubled.'''\n"
+    hidden += "-        self.assertEqual(double(3), 5)\n+        self.assertEqual(double(3), 6)\n"
+    names = {"FAIL_TO_PASS": '["Three is doubled."]', "PASS_TO_PASS": '["test_two (app.tests.Tests.test_two)"]'}
+    files = {
+        "/testbed/acme/core.py": CODE.format("+"),
+        "/testbed/tests/runtests.py": f"#!/usr/bin/env python\n{RUNNER}",
+        "/testbed/tests/app/__init__.py": "",
+        "/testbed/tests/app/tests.py": DJANGO_TESTS.format(5),
+    }
+    row = load_row(tmp_path, SWE_BENCH | {"repo": "django/django", "test_patch": hidden} | names)
+    task = replace(at_home(row, files, COMMIT), base_commit="HEAD")
+    verdict = await grade_locally(task, task.patch)
+    assert verdict.resolved, verdict.log
+    verdict = await grade_locally(task, new_file("notes.txt", "All is well."))
+    assert (verdict.failed, verdict.passed) == (("Three is doubled.",), ("test_two (app.tests.Tests.test_two)",))
+    broken = await grade_locally(task, task.patch.replace("+    return x * 2", "+    return x *"))
+    assert broken.reward == 0.0 and "2 of them didn't run" in broken.reason
