@@ -5,10 +5,12 @@ import signal
 import pytest
 
 from tests.support import cli
+from tests.support.killing import GONE_WITHIN_S, local_leftovers, seconds_until_none
 from thunder_rollout.config import load_rollout_config
 from thunder_rollout.core.scheduler import Scheduler
 from thunder_rollout.engine.random_model import write_preset
 from thunder_rollout.observe.trace import read_trace
+from thunder_rollout.runtime.store import RunStore
 
 KEYS = {
     "num_samples",
@@ -74,6 +76,7 @@ def test_a_killed_run_goes_on_without_redoing_or_losing_a_sample(args, tmp_path)
     finished = cli.wait_for_samples(latest, 2, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
+    assert seconds_until_none(lambda: local_leftovers(RunStore(latest).run_id)) < GONE_WITHIN_S
     before = {file: file.stat().st_mtime_ns for file in finished}
     assert not (latest / "summary.json").exists()
 

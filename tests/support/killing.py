@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 VICTIMS = ("driver", "host", "driver and host")
 NUM_SANDBOXES = int(os.environ.get("THUNDER_NUM_SANDBOXES", "4"))
@@ -47,18 +49,33 @@ def seconds_until_gone(backend: str, run: str, victims: str, leftovers: Callable
         assert host.stdout is not None
         assert host.stdout.readline() == b"up\n"
         assert len(leftovers()) >= NUM_SANDBOXES
-        began_s = last_seen_s = time.monotonic()
         if "driver" in victims:
             driver.kill()
             driver.wait()
         if "host" in victims:
             host.kill()
-        while (now_s := time.monotonic()) - last_seen_s < 2.0 and now_s - began_s < 2 * GONE_WITHIN_S:
-            if leftovers():
-                last_seen_s = time.monotonic()
-            time.sleep(0.1)
-        return last_seen_s - began_s
+        return seconds_until_none(leftovers)
     finally:
         for process in (driver, host):
             process.kill()
             process.communicate()
+
+
+def seconds_until_none(leftovers: Callable[[], list[str]]) -> float:
+    """From now, until there are none and none come any more."""
+    began_s = last_seen_s = time.monotonic()
+    while (now_s := time.monotonic()) - last_seen_s < 2.0 and now_s - began_s < 2 * GONE_WITHIN_S:
+        if leftovers():
+            last_seen_s = time.monotonic()
+        time.sleep(0.1)
+    return last_seen_s - began_s
+
+
+def local_leftovers(run: str) -> list[str]:
+    """Processes that bear the run's marker, and cgroups of its sandboxes."""
+    found = [str(path) for path in Path("/sys/fs/cgroup").glob(f"*/thunder/{run}/*/")]
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and f"thunder-sandbox:{run}:" in (entry / "cmdline").read_text():
+                found.append(entry.name)
+    return found

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.support.killing import local_leftovers
 from tests.support.sandbox_contract import *  # noqa: F403
 from tests.support.sandbox_contract import MakeSandbox, started
 from thunder_rollout.errors import SandboxFailed
@@ -38,7 +39,7 @@ def nothing_left() -> Iterator[None]:
     mounts = Path("/proc/self/mountinfo").read_text()
     yield
     deadline_s = time.monotonic() + 5
-    while (left := leftovers(RUN) + leftovers("cancelled")) and time.monotonic() < deadline_s:
+    while (left := local_leftovers(RUN) + local_leftovers("cancelled")) and time.monotonic() < deadline_s:
         time.sleep(0.01)  # what never became ready is killed, but not waited for
     assert left == []
     assert Path("/proc/self/mountinfo").read_text() == mounts
@@ -49,18 +50,6 @@ def nothing_left() -> Iterator[None]:
 @pytest.fixture
 def make() -> MakeSandbox:
     return lambda spec: LocalSandbox(replace(spec, labels={"run": RUN} | spec.labels))
-
-
-def leftovers(run: str) -> list[str]:
-    """Processes that bear the run's marker, and cgroups of its sandboxes."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and f"thunder-sandbox:{run}:" in (entry / "cmdline").read_text():
-                found.append(entry.name)
-        except OSError:
-            continue
-    return found + [str(path) for path in Path("/sys/fs/cgroup").glob(f"*/thunder/{run}/*/")]
 
 
 async def test_the_host_is_invisible_and_its_programs_read_only(make: MakeSandbox, tmp_path: Path) -> None:
@@ -140,13 +129,13 @@ def test_kill_9_of_the_owner_ends_the_sandbox() -> None:
     run = f"{RUN}-owner"
     owner = subprocess.Popen([sys.executable, "-c", OWNER, run], stdout=subprocess.PIPE)
     assert owner.stdout is not None and owner.stdout.readline() == b"up\n"
-    assert leftovers(run)
+    assert local_leftovers(run)
     owner.kill()
     owner.wait()
     owner.stdout.close()
     deadline_s = time.monotonic() + 10
-    while [left for left in leftovers(run) if left.isdigit()] and time.monotonic() < deadline_s:
+    while [left for left in local_leftovers(run) if left.isdigit()] and time.monotonic() < deadline_s:
         time.sleep(0.05)
-    assert [left for left in leftovers(run) if left.isdigit()] == []
+    assert [left for left in local_leftovers(run) if left.isdigit()] == []
     sweep_local(run, lambda session: True)
-    assert leftovers(run) == []
+    assert local_leftovers(run) == []

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from pathlib import Path
 
 import pytest
 
 from tests.support.cycles import growth, held_here
-from tests.support.killing import GONE_WITHIN_S, VICTIMS, seconds_until_gone
+from tests.support.killing import GONE_WITHIN_S, VICTIMS, local_leftovers, seconds_until_gone
 from thunder_rollout.sandbox.config import SandboxConfig
 from thunder_rollout.sandbox.host import SandboxHost
 from thunder_rollout.sandbox.local import local_unavailable
@@ -26,19 +24,9 @@ def needs_local() -> None:
         pytest.fail(refusal) if os.environ.get("CI") == "true" else pytest.skip(refusal)
 
 
-def leftovers(run: str = RUN) -> list[str]:
-    """Processes that bear the run's marker, whole process trees of commands inside, and cgroups."""
-    found = [str(path) for path in Path("/sys/fs/cgroup").glob(f"*/thunder/{run}/*/")]
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if entry.name.isdigit() and f"thunder-sandbox:{run}:" in (entry / "cmdline").read_text():
-                found.append(entry.name)
-    return found
-
-
 @pytest.mark.parametrize("victims", VICTIMS)
 def test_kill_9_leaves_nothing(victims: str) -> None:
-    took_s = seconds_until_gone("local", RUN, victims, leftovers)
+    took_s = seconds_until_gone("local", RUN, victims, lambda: local_leftovers(RUN))
     print(f"local: kill -9 of {victims}: gone after {took_s:.1f} s")
     assert took_s < GONE_WITHIN_S
 
@@ -48,7 +36,7 @@ async def test_sandboxes_in_and_out_leave_nothing() -> None:
     try:
         await host.start()
         spec = SandboxSpec(image="")
-        assert await growth(host, spec, lambda: held_here() | {"left": len(leftovers())}) == {}
+        assert await growth(host, spec, lambda: held_here() | {"left": len(local_leftovers(RUN))}) == {}
     finally:
         await host.stop()
-    assert leftovers() == []
+    assert local_leftovers(RUN) == []
