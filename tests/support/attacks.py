@@ -191,6 +191,16 @@ async def test_a_full_disk_is_an_observation_and_the_diff_still_works(make: Make
         assert b"+x = 2" in await box.diff("HEAD")
 
 
+async def test_a_disk_full_of_small_files_is_an_observation(make: MakeSandbox) -> None:
+    async with started(make) as box:
+        fill = "for i in {1..400}; do head -c 2000000 /dev/zero > f$i || exit 1; sleep 0.05; done"
+        result = await box.exec(fill, timeout_s=60)
+        assert result.exit_code != 0 and not result.timed_out
+        assert "full" in result.output or "No space" in result.output
+        assert (await box.exec("ls | wc -l; rm f*", timeout_s=30)).exit_code == 0
+        assert (await box.exec("echo on", timeout_s=10)).output == "on\n"
+
+
 async def test_there_is_no_network_but_loopback(make: MakeSandbox) -> None:
     async with started(make) as box:
         reach = "python3 -c \"import socket; socket.create_connection(('192.0.2.1', 53), 3)\""

@@ -126,7 +126,7 @@ async def test_edited_and_removed_tests_come_back(make: MakeSandbox) -> None:
         verdict = await grade_with(make, patch_of(changes))
         assert set(verdict.failed) == set(TASK.fail_to_pass), changes
         assert set(verdict.passed) == set(TASK.pass_to_pass), changes
-        assert (await grade_with(make, TASK.patch.encode() + patch_of(changes))).resolved
+    assert (await grade_with(make, TASK.patch.encode() + patch_of(changes))).resolved
 
 
 async def test_a_symlink_leads_nowhere(make: MakeSandbox) -> None:

@@ -1,15 +1,18 @@
 """A rollout worker: runs whole samples, many at a time on one event loop.
 
 One sample: open the program, play the episode, take the diff, give up KV and sandbox, grade in a
-fresh sandbox, put the trajectory on disk. The grading sandbox starts once the agent has submitted or
-has one turn left, and so beside that turn, the diff and the release. An infrastructure failure
-leaves nothing behind and is raised to the driver, which decides whether to try again.
+fresh sandbox, put the trajectory on disk. The grading sandbox starts beside the agent's last turns:
+one turn before half of the earlier episodes were over, and at the latest when one turn is left or the
+agent submits. An infrastructure failure leaves nothing behind and is raised to the driver, which
+decides whether to try again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import statistics
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -27,6 +30,9 @@ from thunder_rollout.sandbox.protocol import Sandbox, SandboxLimits, SandboxSpec
 from thunder_rollout.tasks.environment import sandbox_spec, started
 from thunder_rollout.tasks.grading import Grade, GradingConfig, grade
 from thunder_rollout.tasks.task import Task
+
+_REMEMBERED_EPISODES = 64
+_MIN_EPISODES = 4  # fewer say nothing of how long an episode is
 
 
 class SandboxSource(Protocol):
@@ -95,6 +101,7 @@ class RolloutWorker:
         self._engines = engines
         self._sandboxes = sandboxes
         self._store = store
+        self._turns_of_episodes: deque[int] = deque(maxlen=_REMEMBERED_EPISODES)
 
     async def run(self, task: Task, key: SampleKey, attempt: int) -> SampleOutcome:
         """Run one sample to its parquet file. Raises `InfrastructureFailure`."""
@@ -136,7 +143,7 @@ class RolloutWorker:
 
         def turn_ended(turn: TurnRecord) -> None:
             turns.append(turn)
-            if len(turns) >= self._config.agent.max_turns - 1:
+            if len(turns) >= self._likely_turns() - 1:
                 grader.begin()
 
         loop = AgentLoop(
@@ -159,11 +166,17 @@ class RolloutWorker:
         )
         async with client:
             trajectory = await loop.run(task.problem_statement, client, sandbox)
+            self._turns_of_episodes.append(len(turns))
             if sandbox.started:
                 grader.begin()
             # From what the agent was given: an image's own commit may lie on top of base_commit.
             patch = await sandbox.diff("HEAD") if sandbox.started else b""
         return trajectory, patch, sandbox.wait_s
+
+    def _likely_turns(self) -> int:
+        if len(self._turns_of_episodes) < _MIN_EPISODES:
+            return self._config.agent.max_turns
+        return min(self._config.agent.max_turns, statistics.median_low(self._turns_of_episodes))
 
     async def _grade(self, program: str, task: Task, patch: bytes, early: LazySandbox) -> Grade:
         """Raises `GradingFailed` when every attempt failed."""

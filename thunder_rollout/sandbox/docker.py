@@ -2,8 +2,9 @@
 
 What bounds one: memory (swap included), CPUs and processes by the engine's cgroups; no network
 but loopback; few capabilities and no way to gain any. `disk_bytes` binds the writable layer where
-the storage driver has quotas (overlay2 on xfs with pquota, btrfs, zfs); elsewhere it only binds
-the size of one file, and a container can fill the engine's disk with many.
+the storage driver has quotas (overlay2 on xfs with pquota, btrfs, zfs). Elsewhere it binds the size
+of one file, and a command that is found to have written more than that in all is killed: a container
+can be over the limit by what it writes in `_DISK_EVERY_S`.
 
 What ends one: `stop`; its time to live; and the end of this process, however it comes, since the
 engine closes PID 1's stdin with our connection, and the container removes itself. The labels
@@ -20,6 +21,8 @@ import logging
 import math
 import secrets
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 from docker.errors import APIError, ImageNotFound, NotFound
@@ -37,6 +40,7 @@ logger = logging.getLogger(__name__)
 _KILL_EVERY_S = 0.5
 _KILL_PATIENCE_S = 10.0
 _DEATH_PATIENCE_S = 1.0
+_DISK_EVERY_S = 1.0
 _KEPT_CAPABILITIES = ["CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID"]
 _ENV = {
     "PYTHONDONTWRITEBYTECODE": "1",
@@ -173,7 +177,7 @@ class DockerSandbox(ShellSandbox):
         self, exec_id: str, stream: AttachedStream, marked: _Marked, stdin: bytes, timeout_s: float
     ) -> Exit:
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(timeout_s), self._disk_watched(marked):
                 if stdin:
                     await stream.send(stdin)
                 await _read_to_end(stream, marked)
@@ -189,6 +193,29 @@ class DockerSandbox(ShellSandbox):
         marked.finish()
         code = marked.code if marked.code is not None else await self._exit_code(exec_id)
         return Exit(code=code, timed_out=False)
+
+    @asynccontextmanager
+    async def _disk_watched(self, marked: _Marked) -> AsyncIterator[None]:
+        """For engines without quotas: a command that fills the disk ends, and is told why."""
+        if self._engine.has_quota:
+            yield
+            return
+        watching = asyncio.create_task(self._kill_when_over_disk(marked))
+        try:
+            yield
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+
+    async def _kill_when_over_disk(self, marked: _Marked) -> None:
+        limit_bytes, api = self.spec.limits.disk_bytes, self._engine.client.api
+        while True:
+            await asyncio.sleep(_DISK_EVERY_S)
+            found = await self._engine.call(lambda: api.containers(filters={"id": self._container}, size=True))
+            if found and found[0].get("SizeRw", 0) > limit_bytes:
+                marked.note(f"killed: the sandbox's disk is full ({limit_bytes} bytes)\n".encode())
+                await self._clear()
+                return
 
     async def _kill_until_ended(self, marked: _Marked, stream: AttachedStream) -> None:
         for _ in range(int(_KILL_PATIENCE_S / _KILL_EVERY_S)):
@@ -257,6 +284,7 @@ class _Marked:
         self._marker = marker.encode()
         self._output = output
         self._held = b""
+        self._note = b""
         self.code: int | None = None
 
     def feed(self, chunk: bytes) -> None:
@@ -275,9 +303,13 @@ class _Marked:
         self._output.feed(self._held[:-keep])
         self._held = self._held[-keep:]
 
+    def note(self, line: bytes) -> None:
+        """For the end of the output."""
+        self._note = line
+
     def finish(self) -> None:
-        self._output.feed(self._held)
-        self._held = b""
+        self._output.feed(self._held + self._note)
+        self._held = self._note = b""
 
 
 async def _read_to_end(stream: AttachedStream, marked: _Marked) -> None:

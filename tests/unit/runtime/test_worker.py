@@ -112,7 +112,7 @@ async def host() -> AsyncIterator[SandboxHost]:
 
 
 async def play(
-    host: SandboxHost, folder: Path, texts: list[bytes], max_turns: int
+    host: SandboxHost, folder: Path, texts: list[bytes], max_turns: int, earlier_turns: tuple[int, ...] = ()
 ) -> tuple[SampleOutcome, RunStore, Sandboxes, ScriptedEngine]:
     service = SchedulerService(SchedulerConfig(), sandboxes=host)
     service.handle(BackendUp(backend="e", generation=0, capacity_tokens=100_000, max_running=8))
@@ -124,6 +124,7 @@ async def play(
     store = RunStore(folder)
     store.open("{}")
     worker = RolloutWorker("w", config, ChatFormat(TOKENIZER), LocalScheduler(service), {"e": engine}, sandboxes, store)
+    worker._turns_of_episodes.extend(earlier_turns)
     outcome = await worker.run(TASK, SampleKey(TASK.instance_id, 0), 0)
     await service.stop()
     return outcome, store, sandboxes, engine
@@ -143,6 +144,12 @@ async def test_the_grader_starts_when_the_agent_submits_and_not_before(host: San
     assert outcome.resolved
     assert engine.ended[-1] < sandboxes.began[GRADER] < engine.ended[-1] + 0.5
     print(f"graded in {graded_in_s(store):.2f} s")
+
+
+async def test_the_grader_starts_a_turn_before_half_of_the_episodes_ended(host: SandboxHost, tmp_path: Path) -> None:
+    texts = [command("echo x > new.txt"), command("ls"), command("ls"), command("submit")]
+    _, _, sandboxes, engine = await play(host, tmp_path, texts, max_turns=9, earlier_turns=(2, 3, 9, 3))
+    assert engine.ended[1] < sandboxes.began[GRADER] < engine.ended[2]
 
 
 async def test_a_grader_that_began_for_an_empty_patch_is_stopped(host: SandboxHost, tmp_path: Path) -> None:
