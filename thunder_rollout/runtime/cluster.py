@@ -142,7 +142,7 @@ class Cluster:
     async def update_weights(self, source: WeightSource, *, version: str) -> UpdateReport:
         """Serve other weights from now on, without losing a request; `rollout.update_mode` says what becomes
         of turns in flight. Raises `WeightsRefused` if they are not this model's."""
-        return await self._weights.update(self.scheduler, self._engines, shared(source), version=version)
+        return await self._weights.update(self.scheduler, shared(source), version=version)
 
     async def follow_weights(self) -> None:
         """Load what appears in `rollout.weights_folder`, until cancelled. A checkpoint that is refused is

@@ -189,6 +189,7 @@ def _wandb_values(session: _Session) -> dict[str, float]:
         "thunder/steps_per_min": metrics.steps_per_min,
         "thunder/kv_hit_rate": metrics.kv_hit_rate,
         "thunder/imbalance": metrics.imbalance,
+        "thunder/num_stale": float(session.num_stale),
         "thunder/num_waiting": float(metrics.scheduler.num_waiting),
         "thunder/num_pauses": float(metrics.num_pauses),
         "thunder/queue_s": metrics.queue_s,

@@ -79,7 +79,7 @@ class EngineSupervisor:
         await self._announce(self.generation)
 
     async def _announce(self, generation: int) -> None:
-        async with self._weights.load_into(self._engine) if self._weights is not None else nullcontext():
+        async with self._weights.load_into(self.name, self._engine) if self._weights is not None else nullcontext():
             self.generation = generation
             await self._post_up()
 

@@ -91,10 +91,11 @@ def _batches(names: list[str], size: int | None) -> list[tuple[str, ...]]:
 
 
 class Weights:
-    """The weights a run serves now. One per run, in the driver."""
+    """The weights a run serves now, and the engines that serve them. One per run, in the driver."""
 
     def __init__(self, *, mode: UpdateMode, batch: int | None) -> None:
         self.version: str | None = None  # None: those that the engines start with
+        self._engines: dict[str, WeightsTaker] = {}  # those that were announced
         self._source: Any = None  # a WeightSource, as the engines take it
         self._mode = mode
         self._batch = batch
@@ -104,25 +105,25 @@ class Weights:
         """Engines that are yet to be announced get these."""
         self.version, self._source = version, source
 
-    async def update(
-        self, scheduler: EventPort, engines: Mapping[str, WeightsTaker], source: WeightSource, *, version: str
-    ) -> UpdateReport:
-        """As the function `update_weights`, and remembered for engines that start later."""
+    async def update(self, scheduler: EventPort, source: WeightSource, *, version: str) -> UpdateReport:
+        """As the function `update_weights`, of all engines, and remembered for those that start later."""
         async with self._turn:
             report = await update_weights(
-                scheduler, dict(engines), source, version=version, mode=self._mode, batch=self._batch
+                scheduler, self._engines, source, version=version, mode=self._mode, batch=self._batch
             )
             self.version, self._source = version, source
         logger.info("weights %s serve after %.2f s", version, report.duration_s)
         return report
 
     @asynccontextmanager
-    async def load_into(self, engine: WeightsTaker) -> AsyncIterator[None]:
-        """Load the current weights into a started engine that nobody knows of yet; announce it inside."""
+    async def load_into(self, name: str, engine: WeightsTaker) -> AsyncIterator[None]:
+        """Load the current weights into a started engine that nobody knows of yet; announce it inside, and
+        it takes part in what comes. An engine that left for good may stay: it counts as died."""
         async with self._turn:
             if self.version is not None and (await engine.stats()).weight_version != self.version:
                 await engine.update_weights(self._source, version=self.version, mode=UpdateMode.CUT)
             yield
+            self._engines[name] = engine
 
 
 class WeightsFolder:

@@ -73,6 +73,14 @@ def with_shell(test: Callable[[Shell], Awaitable[None]], config: SchedulerConfig
     run_in_virtual_time(main())
 
 
+async def serving(shell: Shell) -> Weights:
+    weights = Weights(mode=UpdateMode.KEEP, batch=None)
+    for name, engine in shell.engines.items():
+        async with weights.load_into(name, engine):
+            pass  # it is up already
+    return weights
+
+
 async def play(client: ProgramClient, num_turns: int) -> list[tuple[list[int], TurnResult]]:
     """Each turn's prompt and result."""
     context, turns = new_prompt(200), []
@@ -165,10 +173,10 @@ def test_in_slices_the_others_go_on() -> None:
 
 def test_an_engine_that_dies_in_an_update_comes_back_with_the_new_weights_and_an_open_gate() -> None:
     async def test(shell: Shell) -> None:
-        weights = Weights(mode=UpdateMode.KEEP, batch=None)
+        weights = await serving(shell)
         programs = [asyncio.create_task(play(shell.client(f"p{n}", UpdateMode.KEEP), 4)) for n in range(6)]
         await asyncio.sleep(0.2)
-        update = asyncio.create_task(weights.update(shell.scheduler, shell.engines, WEIGHTS, version="1"))
+        update = asyncio.create_task(weights.update(shell.scheduler, WEIGHTS, version="1"))
         await asyncio.sleep(0.1)
         dead = shell.engines["e0"]
         assert isinstance(dead, FakeEngine)
@@ -176,7 +184,7 @@ def test_an_engine_that_dies_in_an_update_comes_back_with_the_new_weights_and_an
         shell.service.handle(BackendDown(backend="e0", generation=0, reason="died"))
         fresh = shell.engines["e0"] = FakeEngine(CONFIG)
         await fresh.start()
-        async with weights.load_into(fresh):
+        async with weights.load_into("e0", fresh):
             shell.up("e0", 1)
         assert (await update).died == ("e0",)
         assert (await run(fresh, new_prompt(30))).weight_version == "1"
@@ -190,9 +198,9 @@ def test_an_engine_that_dies_in_an_update_comes_back_with_the_new_weights_and_an
 
 def test_a_failed_update_opens_the_gate_on_the_old_weights() -> None:
     async def test(shell: Shell) -> None:
-        weights = Weights(mode=UpdateMode.KEEP, batch=None)
+        weights = await serving(shell)
         with pytest.raises(WeightsRefused):
-            await weights.update(shell.scheduler, shell.engines, FolderWeights(path="/nowhere"), version="1")
+            await weights.update(shell.scheduler, FolderWeights(path="/nowhere"), version="1")
         assert weights.version is None
         assert shell.scheduler.events[-1] == WeightsUpdated(backends=("e0", "e1"), version=None)
         await check_versions(await play(shell.client("p", UpdateMode.KEEP), 1))
