@@ -182,7 +182,7 @@ async def test_a_turn_under_new_weights_is_recorded_as_such_and_finds_no_cache(
     before = await run(engine, prompt)
     await engine.update_weights(weights[1], version="other", mode=UpdateMode.WAIT)
     during = await run(engine, prompt)
-    assert during.token_ids != before.token_ids
+    assert during.logprobs != before.logprobs, "other weights spoke (random models may repeat the same ids)"
     assert (during.weight_version, during.cached_tokens) == ("other", 0)
     await engine.update_weights(weights[0], version="0", mode=UpdateMode.WAIT)
     after = await run(engine, prompt)
