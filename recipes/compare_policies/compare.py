@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import csv
-import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from thunder_rollout.bench.intervals import Interval, interval
 from thunder_rollout.errors import ConfigError
 from thunder_rollout.sim.bounds import CLAIRVOYANT, INFINITE_KV
 
@@ -28,8 +28,6 @@ LEAST_OF_BEST = 0.97
 LEAST_OF_PEAK = 0.9
 LEAST_HITS = 0.95
 PEAK_LOAD = 4.0
-# two-sided 95% quantiles of Student's t with 1, 2, ... degrees of freedom
-T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 Samples = Mapping[tuple[str, float, str], Mapping[int, Mapping[str, str]]]  # workload, load, policy -> seed -> row
 
@@ -43,7 +41,7 @@ class Compared:
     steps_per_min: float  # of `adaptive`
     best_other: str
     of_best: float
-    over_thunder: tuple[float, float] | None  # mean and half its interval
+    over_thunder: Interval | None
     of_bound: float | None
     of_clairvoyant: float | None
     of_peak: float
@@ -93,7 +91,7 @@ def compare(samples: Samples) -> list[Compared]:
     return [_compared(samples, workload, load) for workload, load in cells]
 
 
-def margins(samples: Samples) -> dict[str, tuple[float, float]]:
+def margins(samples: Samples) -> dict[str, Interval]:
     """By workload: `adaptive` over `thunder`, the geometric mean over loads of each seed."""
     found = {}
     for workload in dict.fromkeys(name for name, _, _ in samples):
@@ -107,15 +105,7 @@ def margins(samples: Samples) -> dict[str, tuple[float, float]]:
     return found
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half its 95% interval; nan for the latter with one value."""
-    if len(values) < 2:
-        return values[0], math.nan
-    spread = statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.fmean(values), T_95[min(len(values) - 1, len(T_95)) - 1] * spread
-
-
-def table(cells: Sequence[Compared], over_thunder: Mapping[str, tuple[float, float]]) -> str:
+def table(cells: Sequence[Compared], over_thunder: Mapping[str, Interval]) -> str:
     headers = ("workload", "load", "steps/min", "of the best other", f"over `{PAPER}`", "of the bound")
     lines = [_line(*headers, "of clairvoyant", "hits / infinite KV"), "|---" * 8 + "|"]
     lines += [
@@ -124,7 +114,7 @@ def table(cells: Sequence[Compared], over_thunder: Mapping[str, tuple[float, flo
             f"{cell.load:g}",
             f"{cell.steps_per_min:.0f}",
             f"{cell.of_best:.2f} {cell.best_other}",
-            _with_interval(cell.over_thunder),
+            "-" if cell.over_thunder is None else str(cell.over_thunder),
             _share(cell.of_bound),
             _share(cell.of_clairvoyant),
             _share(cell.of_infinite_hits),
@@ -137,7 +127,7 @@ def table(cells: Sequence[Compared], over_thunder: Mapping[str, tuple[float, flo
         same = [cell for cell in cells if cell.workload == workload]
         peak = next((cell.of_peak for cell in same if cell.load == PEAK_LOAD), None)
         least = min(cell.of_best for cell in same)
-        lines.append(_line(f"`{workload}`", _with_interval(margin), f"{least:.2f}", _share(peak)))
+        lines.append(_line(f"`{workload}`", str(margin), f"{least:.2f}", _share(peak)))
     lines.append("")
     lines += [f"- missed: {cell.workload} at {cell.load:g}: {', '.join(cell.missed)}" for cell in cells if cell.missed]
     return "\n".join(lines) + "\n"
@@ -196,12 +186,6 @@ def _mean_share(rows: Mapping[int, Mapping[str, str]], column: str) -> float | N
     """None where no row has the bound."""
     values = [float(row[column]) for row in rows.values() if row[column]]
     return statistics.fmean(values) if values else None
-
-
-def _with_interval(value: tuple[float, float] | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value[0]:.2f}" if math.isnan(value[1]) else f"{value[0]:.2f} ± {value[1]:.2f}"
 
 
 def _share(value: float | None) -> str:
