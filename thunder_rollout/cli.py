@@ -71,7 +71,7 @@ def _bench() -> int:
         try:
             failed = asyncio.run(_until_signal(run_bench(config, folder)))
         except asyncio.CancelledError:
-            print("stopped; the same command goes on where it stopped", file=sys.stderr)
+            print("stopped; the same command goes on, bench-report shows what there is", file=sys.stderr)
             raise
         write_report(folder)
         for cell in failed:

@@ -1,6 +1,6 @@
 """What a lost cache costs: prefilling a mean context again, against a turn's share of decoding.
 
-Measured on all engines at once, as in a cell, for each model once: prefill_cost.json.
+Measured on all engines at once, as in a cell, for each model once a run: prefill_cost.json.
 """
 
 from __future__ import annotations
@@ -42,15 +42,17 @@ class PrefillCost:
 class PrefillCosts:
     def __init__(self, folder: Path) -> None:
         self._path = folder / FILE
-        self._known = {cost.model: cost for cost in read_prefill_costs(folder)}
+        self._costs = {cost.model: cost for cost in read_prefill_costs(folder)}
+        self._measured: set[str] = set()
 
     async def measure(self, plan: CellPlan, engines: Mapping[str, Engine], *, vocab_size: int) -> None:
-        """Nothing where the model's cost is known already."""
+        """Once a model in the life of this object; what an earlier one measured is replaced."""
         model = plan.key.model
-        if model in self._known:
+        if model in self._measured:
             return
-        self._known[model] = await measure_prefill_cost(plan, engines, vocab_size=vocab_size)
-        self._path.write_text(json.dumps([asdict(cost) for cost in self._known.values()], indent=2) + "\n")
+        self._costs[model] = await measure_prefill_cost(plan, engines, vocab_size=vocab_size)
+        self._measured.add(model)
+        self._path.write_text(json.dumps([asdict(cost) for cost in self._costs.values()], indent=2) + "\n")
 
 
 def read_prefill_costs(folder: Path) -> list[PrefillCost]:

@@ -25,10 +25,14 @@ from thunder_rollout.runtime.service import SchedulerService
 
 VOCAB_SIZE = 4096
 _POLL_S = 1.0
-# What `thunder-rollout calibrate` measured of the models on one of two busy cores; others take the first's.
+# Of the order of what was measured on one of two busy cores (conf/sim_engine/cpu_tiny.yaml, prefill_cost.json); a model
+# that is not here takes the first's.
 _TIMINGS = {
     "qwen2_3m": EngineTiming(
         step_s=8e-3, prefill_token_s=4e-5, decode_turn_s=4e-4, context_token_s=5e-7, prefill_context_s=6e-8
+    ),
+    "qwen2_26m": EngineTiming(
+        step_s=2e-2, prefill_token_s=6e-4, decode_turn_s=3e-3, context_token_s=5e-7, prefill_context_s=1e-7
     ),
 }
 
