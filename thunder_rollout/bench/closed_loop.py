@@ -42,6 +42,7 @@ class ClosedLoop:
         self._block_size = block_size
         self._hash_block_size = block_size if send_hashes else None
         self._positions: dict[str, Position] = {}  # by program
+        self._asked_s: dict[str, float] = {}  # when, for the turn that is not over; inf while the program acts
         self._next_index = max((position.index for position in start), default=-1) + 1
         self._asked_by_groups: dict[str, tuple[int, int]] = {}  # tokens of the newest prompt, under which weights
 
@@ -50,19 +51,18 @@ class ClosedLoop:
         return [asyncio.create_task(self._slot(position)) for position in self._start]
 
     def positions(self) -> list[Position]:
-        """Where the slots are now: those in an engine or acting first, the oldest program first, then those who
-        wait in the order in which they came."""
-        order = sorted(
-            (self.waits.waiting.get(name, float("-inf")), position.index, position.num_turns_over)
-            for name, position in self._positions.items()
-        )
-        return [Position(index, num_turns_over) for _, index, num_turns_over in order]
+        """Where the slots are now: those in an engine in the order in which they asked, those who act, then those
+        who wait for admission in the order in which they asked."""
+        waiting = self.waits.waiting
+        names = sorted(self._asked_s, key=lambda name: (name in waiting, self._asked_s[name]))
+        return [self._positions[name] for name in names]
 
     async def _slot(self, position: Position) -> None:
         while True:
             program = script(self._workload, position, seed=self._seed, vocab_size=self._vocab_size)
             name = f"{self._name}/{program.index}"
             self._positions[name] = position
+            self._asked_s[name] = asyncio.get_running_loop().time()
             async with ProgramClient(
                 name,
                 self.waits,
@@ -72,7 +72,7 @@ class ClosedLoop:
                 block_size=self._hash_block_size,
             ) as client:
                 await self._play(program, client)
-            del self._positions[name]
+            del self._positions[name], self._asked_s[name]
             self.num_ended += 1
             self.window.add_end()
             position = Position(self._next_index, 0)
@@ -83,6 +83,7 @@ class ClosedLoop:
         version = self.weight_version
         for number, turn in enumerate(program.turns, program.num_turns_over):
             self._positions[client.program] = Position(program.index, number)
+            self._asked_s[client.program] = asyncio.get_running_loop().time()
             previous_tokens = len(context)
             context += turn.new_ids
             reusable_tokens = self._reusable_tokens(program, previous_tokens, len(context), version)
@@ -90,6 +91,8 @@ class ClosedLoop:
             result = await client.turn(context, Sampling(max_tokens=turn.output_tokens, ignore_eos=True))
             self.window.add_turn(result, previous_tokens, reusable_tokens)
             context += result.generation.token_ids
+            self._asked_s[client.program] = float("inf")
+            self._positions[client.program] = Position(program.index, number + 1)
             await client.tool_started(turn.tool)
             await asyncio.sleep(turn.tool_s)
             await client.tool_ended()

@@ -3,7 +3,10 @@
 At four times the KV's load a life lasts minutes, and who is how old and who waits differs by policy: one that
 serves in order of arrival has its queue full of programs that never began, one that admits everybody has all
 ages everywhere. To let that come about on the live engines would cost a life of each cell; here it costs
-seconds of one core, and gives the same for every policy. Only positions are taken over, no speeds.
+seconds of one core, the same for every policy. Only positions are taken over, no speeds.
+
+Tried in virtual time on short tools at load 4 (`sticky`, `capped`, `thunder`, `adaptive`): 18 s after 12 s of warm-up
+do 1.02 to 1.06 times the steps of two minutes long after; from random ages 1.00, 0.71, 1.17 and 0.65 times.
 """
 
 from __future__ import annotations

@@ -88,6 +88,13 @@ def test_a_cell_goes_on_from_its_rehearsal(config):
     assert play(plan, lives=1.2).num_turns > 0
 
 
+def test_a_short_window_after_a_rehearsal_does_the_steps_of_the_steady_state(config):
+    steady = play(plan_of(config, "short_tools", "capped", 4.0, warmup_s=60.0, measure_s=60.0), lives=1.2)
+    short = plan_of(config, "short_tools", "capped", 4.0, warmup_s=6.0, measure_s=12.0)
+    assert play(short, lives=1.2).steps_per_min == pytest.approx(steady.steps_per_min, rel=0.1)
+    assert play(short, lives=0.0).steps_per_min < 0.9 * steady.steps_per_min, "old programs first prefill what they had"
+
+
 def test_new_weights_void_what_could_be_reused(config):
     row = play(plan_of(config, "weight_updates", "sticky", 0.3, measure_s=30.0))
     still = play(plan_of(config, "short_tools", "sticky", 0.3, measure_s=30.0))
