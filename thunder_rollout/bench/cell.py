@@ -20,7 +20,7 @@ from thunder_rollout.engine.protocol import Engine
 from thunder_rollout.runtime.client import SchedulerPort
 
 STATS_PERIOD_S = 1.0
-UpdateWeights = Callable[[], Awaitable[None]]
+UpdateWeights = Callable[[str], Awaitable[object]]  # to the version so called
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +158,7 @@ async def _update_forever(loop: ClosedLoop, update_weights: UpdateWeights, first
     await asyncio.sleep(first_s)
     while True:
         next_one = asyncio.get_running_loop().time() + period_s
-        await update_weights()
+        await update_weights(f"{time.monotonic_ns()}")
         loop.weight_version += 1
         await asyncio.sleep(max(0.0, next_one - asyncio.get_running_loop().time()))
 

@@ -35,6 +35,7 @@ class Fleet:
     engines: dict[str, RemoteEngine]
     infos: dict[str, EngineInfo]
     vocab_size: int
+    folder: Path  # of the model
 
     @property
     def capacities(self) -> dict[str, int]:
@@ -88,7 +89,14 @@ class FleetHolder:
                 f"engine.kv_cache_tokens: the engines hold {[info.capacity_tokens for info in started]} tokens, not "
                 f"the {plan.capacity_tokens} in all that the plan counts with; give a multiple of engine.block_size"
             )
-        return Fleet(model=name, configs=plan.engines, engines=engines, infos=infos, vocab_size=model.vocab_size)
+        return Fleet(
+            model=name,
+            configs=plan.engines,
+            engines=engines,
+            infos=infos,
+            vocab_size=model.vocab_size,
+            folder=model.path,
+        )
 
 
 @contextlib.asynccontextmanager

@@ -7,26 +7,24 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-import time
 from pathlib import Path
 
 import ray
 
 from thunder_rollout.bench.cell import CellResult, run_cell
 from thunder_rollout.bench.config import BenchConfig
-from thunder_rollout.bench.fleet import Fleet, FleetHolder, scheduler_for
+from thunder_rollout.bench.fleet import FleetHolder, scheduler_for
 from thunder_rollout.bench.plan import CellPlan, planned_cells
 from thunder_rollout.bench.prefill_cost import PrefillCosts
 from thunder_rollout.bench.rehearsal import rehearse
 from thunder_rollout.bench.runner import run_cells
 from thunder_rollout.bench.store import RowStore
-from thunder_rollout.core.events import WeightsUpdated, WeightsUpdating
+from thunder_rollout.engine.weights import FolderWeights
 from thunder_rollout.errors import EngineDied, InfrastructureFailure
-from thunder_rollout.runtime.actor import RemoteScheduler
 from thunder_rollout.runtime.cluster import start_ray
+from thunder_rollout.runtime.weights import update_weights
 
 GRACE_S = 120.0  # beyond its windows, after which a cell has failed
-_DRAINED_POLL_S = 0.05
 
 
 class CellHung(InfrastructureFailure):
@@ -69,7 +67,9 @@ class _LiveMeasurer:
                         fleet.engines,
                         capacities=fleet.capacities,
                         vocab_size=fleet.vocab_size,
-                        update_weights=lambda: _update_weights(scheduler, fleet),
+                        update_weights=lambda version: update_weights(
+                            scheduler, fleet.engines, FolderWeights(path=str(fleet.folder)), version=version
+                        ),
                     )
                 if any(watcher.done() for watcher in watching) or any(one.num_restarts for one in supervisors):
                     raise EngineDied("an engine died while the cell was measured")
@@ -80,18 +80,3 @@ class _LiveMeasurer:
                 for watcher in watching:
                     watcher.cancel()
                 await asyncio.gather(*watching, return_exceptions=True)
-
-
-async def _update_weights(scheduler: RemoteScheduler, fleet: Fleet) -> None:
-    """What a trainer does: the scheduler admits nobody, the turns in flight end, caches are void, go on."""
-    backends = tuple(fleet.engines)
-    await scheduler.post(WeightsUpdating(backends=backends))
-    while await _busy(fleet):  # noqa: ASYNC110 (an engine says what it runs only when asked)
-        await asyncio.sleep(_DRAINED_POLL_S)
-    await asyncio.gather(*(engine.reset_prefix_cache() for engine in fleet.engines.values()))
-    await scheduler.post(WeightsUpdated(backends=backends, version=str(time.monotonic_ns())))
-
-
-async def _busy(fleet: Fleet) -> bool:
-    stats = await asyncio.gather(*(engine.stats() for engine in fleet.engines.values()))
-    return any(one.running + one.waiting for one in stats)

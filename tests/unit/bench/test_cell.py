@@ -12,7 +12,9 @@ from thunder_rollout.bench.plan import CellPlan, planned_cells
 from thunder_rollout.bench.rehearsal import VOCAB_SIZE, rehearse, stage
 from thunder_rollout.bench.workload import random_positions
 from thunder_rollout.engine.virtual_time import run_in_virtual_time
+from thunder_rollout.engine.weights import FolderWeights
 from thunder_rollout.errors import EngineDied
+from thunder_rollout.runtime.weights import update_weights
 
 pytestmark = pytest.mark.slow
 
@@ -33,9 +35,8 @@ def play(plan: CellPlan, *, lives: float = 0.0, dead: bool = False) -> CellResul
                 for engine in engines.values():
                     engine.die()
 
-            async def update_weights() -> None:
-                for engine in engines.values():
-                    await engine.reset_prefix_cache()
+            async def update(version: str) -> None:
+                await update_weights(scheduler, engines, FolderWeights(path="."), version=version)
 
             return await run_cell(
                 plan,
@@ -44,7 +45,7 @@ def play(plan: CellPlan, *, lives: float = 0.0, dead: bool = False) -> CellResul
                 engines,
                 capacities=dict.fromkeys(engines, 16_384),
                 vocab_size=VOCAB_SIZE,
-                update_weights=update_weights,
+                update_weights=update,
             )
 
     return run_in_virtual_time(run())
