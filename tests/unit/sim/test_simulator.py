@@ -168,6 +168,6 @@ def test_a_policy_that_admits_nobody_still_moves_by_the_liveness_rule() -> None:
 
 def test_a_scheduler_that_hangs_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     simulation = Simulation(setup("sticky", 0.5), policy=Deaf())
-    monkeypatch.setattr(simulation._scheduler, "_keep_moving", lambda now: None)
+    monkeypatch.setattr("thunder_rollout.core.scheduler.moves", lambda state, now: ())
     with pytest.raises(ThunderError, match="policy"):
         simulation.run()
