@@ -19,7 +19,7 @@ from tests.support.engine_contract import CONFIG, new_prompt, new_request, run, 
 from thunder_rollout.engine.actor import create_engine_actor
 from thunder_rollout.engine.random_model import write_preset
 from thunder_rollout.engine.remote import RemoteEngine
-from thunder_rollout.errors import ConfigError, EngineDied, RequestError
+from thunder_rollout.errors import EngineDied, RequestError
 
 FAKE = replace(CONFIG, kind="fake", model="fake", num_cpus=0.1)
 GONE_WITHIN_S = 20
@@ -50,8 +50,17 @@ async def test_turns_come_through(engine: RemoteEngine) -> None:
 async def test_errors_keep_their_type_and_words(engine: RemoteEngine) -> None:
     with pytest.raises(RequestError, match="prompt_ids: is empty"):
         await run(engine, [])
-    with pytest.raises(ConfigError, match="starts once"):
-        await engine.start()
+    await engine.abort("no-such-request")
+
+
+async def test_a_new_start_begins_with_a_new_engine(engine: RemoteEngine) -> None:
+    turn = asyncio.create_task(run(engine, new_prompt(50), max_tokens=1900))
+    await asyncio.sleep(0.2)
+    await engine.start()
+    with pytest.raises(EngineDied) as caught:
+        await turn
+    assert not caught.value.by_turn
+    assert (await engine.stats()).num_steps == 0
 
 
 async def test_cancelling_the_wait_aborts_the_turn(engine: RemoteEngine) -> None:

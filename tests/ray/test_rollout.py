@@ -1,8 +1,10 @@
 """The driver on a real Ray cluster with engines that have no model: runs, kills and bad input."""
 
 import signal
+import time
 
 import pytest
+from ray.cluster_utils import Cluster
 
 from tests.support import cli
 from tests.support.killing import GONE_WITHIN_S, local_leftovers, seconds_until_none
@@ -141,3 +143,52 @@ def test_checkpoints_are_loaded_under_load_and_every_token_has_its_weights(args,
     assert all(sum(s["num_tokens"] for s in turn["weights"]) == turn["output_tokens"] for turn in turns)
     versions = [segment["version"] for turn in turns for segment in turn["weights"]]
     assert set(versions) == {"step_1", "step_2"}, "what lay there at the start serves from the first token"
+
+
+def test_engines_that_are_killed_serve_again_and_no_sample_is_lost(args, tmp_path):
+    """All of them at once, twice: for a while none is left, but they are coming."""
+    slow = [*args, "rollout.num_workers=1", "rollout.concurrency=2", "agent.max_turns=6", "rollout.max_attempts=1"]
+    process = cli.start(tmp_path, *slow)
+    latest = tmp_path / "runs" / "latest"
+    for num_samples in (1, 3):
+        cli.wait_for_samples(latest, num_samples, process)
+        assert cli.kill_actors(process, "EngineActor") == 2
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert "generation=2 is up again" in output
+    assert cli.summary(latest)["num_samples"] == 6
+    assert cli.summary(latest)["failures"] == {}
+    cli.check_agreement(latest)
+
+
+@pytest.mark.timeout(300)
+def test_nodes_join_and_die_with_their_engines_while_a_rollout_runs(args, tmp_path):
+    """Engines of four GPUs (Ray takes our word for them) on nodes of four."""
+    node = {"num_cpus": 1, "num_gpus": 4}
+    nodes = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    try:
+        parallel = ["engine.device=gpu", "engine.tensor_parallel_size=4", "engine.report_s=0.2"]
+        fleet = [f"ray.address={nodes.address}", "ray.num_cpus=null", "rollout.num_engines=1", "rollout.max_engines=2"]
+        process = cli.start(tmp_path, *args, *parallel, *fleet, "rollout.n=30", "rollout.concurrency=4")
+        latest = tmp_path / "runs" / "latest"
+        cli.wait_for_samples(latest, 1, process)
+        second = nodes.add_node(**node)
+        wait_for_trace(latest, process, '"BackendUp", "backend": "engine1", "generation": 0')
+        nodes.remove_node(second)
+        wait_for_trace(latest, process, '"BackendDown", "backend": "engine1", "generation": 0')
+        output, _ = process.communicate(timeout=200)
+        assert process.returncode == 0, output
+        assert cli.summary(latest)["failures"] == {}
+        cli.check_agreement(latest)
+        assert {turn["backend"] for row in cli.rows(latest) for turn in row["turns"]} == {"engine0", "engine1"}
+    finally:
+        nodes.shutdown()
+
+
+def wait_for_trace(run_dir, process, text):
+    for _ in range(600):
+        if text in (run_dir / "trace.jsonl").read_text():
+            return
+        assert process.poll() is None, f"ended before {text}: {process.communicate()[0]}"
+        time.sleep(0.1)
+    pytest.fail(f"no {text} within 60 s")

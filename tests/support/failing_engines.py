@@ -6,13 +6,14 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tests.support.engine_contract import CONFIG
 from thunder_rollout.core.config import SchedulerConfig
 from thunder_rollout.engine.config import EngineConfig
 from thunder_rollout.engine.fake import FakeEngine
 from thunder_rollout.engine.host import EngineHost
-from thunder_rollout.engine.protocol import EngineInfo, GenerateRequest, Generation, Sampling
+from thunder_rollout.engine.protocol import Engine, EngineInfo, GenerateRequest, Generation, Sampling
 from thunder_rollout.errors import EngineDied
 from thunder_rollout.runtime.client import LocalScheduler, ProgramClient
 from thunder_rollout.runtime.service import SchedulerService
@@ -39,14 +40,14 @@ class NeverStarts(FakeEngine):
 class LocalHost(EngineHost):
     """An `EngineHost` whose process can be killed: `engines` are all it ever had."""
 
-    def __init__(self, make: Callable[[], FakeEngine], config: EngineConfig) -> None:
-        self.engines: list[FakeEngine] = []
-        self.next_makes: list[Callable[[], FakeEngine]] = []  # in place of `make`, once each
+    def __init__(self, make: Callable[[], Engine], config: EngineConfig) -> None:
+        self.engines: list[Any] = []
+        self.next_makes: list[Callable[[], Engine]] = []  # in place of `make`, once each
         self.num_kills = 0
         self._make = make
         super().__init__(self._make_next, hang_s=config.hang_s)
 
-    def _make_next(self) -> FakeEngine:
+    def _make_next(self) -> Any:
         make = self.next_makes.pop(0) if self.next_makes else self._make
         self.engines.append(make())
         return self.engines[-1]
@@ -69,7 +70,7 @@ class Run:
 
 @asynccontextmanager
 async def supervised_run(
-    num_engines: int = 2, make: Callable[[], FakeEngine] = lambda: FakeEngine(CONFIG), config: EngineConfig = SUPERVISED
+    num_engines: int = 2, make: Callable[[], Engine] = lambda: FakeEngine(CONFIG), config: EngineConfig = SUPERVISED
 ) -> AsyncIterator[Run]:
     hosts = {f"engine{i}": LocalHost(make, config) for i in range(num_engines)}
     service = SchedulerService(SchedulerConfig(policy="adaptive"), clock=asyncio.get_running_loop().time)

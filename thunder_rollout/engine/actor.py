@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import ray
@@ -29,6 +30,9 @@ class EngineActor:
 
     def __repr__(self) -> str:
         return self._name  # Ray's prefix of its log lines
+
+    async def pid(self) -> int:
+        return os.getpid()
 
     async def start(self) -> EngineInfo:
         return await self._engine.start()

@@ -52,6 +52,7 @@ class EngineHost:
     async def start(self) -> EngineInfo:
         async with self._starting:
             await self._end(EngineDied("the engine is being replaced"))
+            self._dead = EngineDied("the engine is not started yet")
             self._engine = self._make_engine()
             self._info = await self._engine.start()
             self._died, self._gate, self._step = asyncio.Event(), _TurnGate(), (-1, 0.0)
@@ -95,6 +96,7 @@ class EngineHost:
         """The result of what the engine does, of its turn `request_id` or another; raises `EngineDied` as
         soon as the engine is known to be dead."""
         task = asyncio.create_task(work)
+        task.add_done_callback(_retrieve)
         died = asyncio.create_task(self._died.wait())
         try:
             await asyncio.wait([task, died], return_when=asyncio.FIRST_COMPLETED)
@@ -139,6 +141,12 @@ class EngineHost:
         self._declare_dead(why)
         if self._engine is not None:
             await self._engine.stop()
+
+
+def _retrieve(task: asyncio.Task[Any]) -> None:
+    """Where the engine was declared dead nobody asks how else its work ended."""
+    if not task.cancelled():
+        task.exception()
 
 
 class _TurnGate:

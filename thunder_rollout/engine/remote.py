@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from typing import Any
 
 import ray
+from ray.exceptions import ActorUnavailableError
 
 from thunder_rollout.engine.cache_report import CacheChanges
 from thunder_rollout.engine.protocol import EngineInfo, EngineStats, GenerateRequest, Generation
 from thunder_rollout.engine.weights import MemoryWeights, UpdateMode, WeightSource
 from thunder_rollout.errors import EngineDied
 from thunder_rollout.remote import remote_call
+
+UNAVAILABLE_POLL_S = 0.5
 
 
 class RemoteEngine:
@@ -22,8 +26,15 @@ class RemoteEngine:
         self._handle = handle
 
     async def start(self) -> EngineInfo:
-        info: EngineInfo = await self._call(self._handle.start.remote())
-        return info
+        """Waits while Ray makes the actor anew, for as long as no node has room for it."""
+        while True:
+            try:
+                info: EngineInfo = await self._call(self._handle.start.remote())
+                return info
+            except EngineDied as error:
+                if not isinstance(error.__cause__, ActorUnavailableError):
+                    raise
+            await asyncio.sleep(UNAVAILABLE_POLL_S)
 
     async def generate(self, request: GenerateRequest) -> Generation:
         generation: Generation = await self._call(self._handle.generate.remote(request))

@@ -293,7 +293,7 @@ def _load(config: EngineConfig, gauges: _Gauges, events: KvEvents | None) -> Any
         raise EngineDied(f"engine {config.model} did not start ({error}); {_SEE_LOG}") from error
 
 
-def _engine_arguments(config: EngineConfig, known: set[str], events: KvEvents | None) -> dict[str, Any]:
+def _engine_arguments(config: EngineConfig, known: set[str], events: KvEvents | None = None) -> dict[str, Any]:
     own = {
         "model": os.path.expanduser(config.model),
         "dtype": config.dtype,

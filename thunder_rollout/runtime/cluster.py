@@ -10,25 +10,22 @@ import asyncio
 import logging
 import os
 import signal
-from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from thunder_rollout.config import RolloutConfig
-from thunder_rollout.engine.actor import check_resources, create_engine_actor
-from thunder_rollout.engine.config import EngineConfig
+from thunder_rollout.engine.actor import check_resources
 from thunder_rollout.engine.protocol import EngineInfo, Sampling
-from thunder_rollout.engine.remote import RemoteEngine, shared
+from thunder_rollout.engine.remote import shared
 from thunder_rollout.engine.weights import UpdateMode, WeightSource
 from thunder_rollout.errors import ConfigError, WeightsRefused
 from thunder_rollout.runtime.actor import RemoteScheduler, create_scheduler_actor
 from thunder_rollout.runtime.aio import task_group
 from thunder_rollout.runtime.config import RayConfig
+from thunder_rollout.runtime.fleet import EngineFleet
 from thunder_rollout.runtime.store import RunStore, SampleKey
-from thunder_rollout.runtime.supervisor import EngineSupervisor
 from thunder_rollout.runtime.weights import UpdateReport, Weights, WeightsFolder
 from thunder_rollout.runtime.worker import SampleOutcome, WorkerConfig, grader_names, program_name
 from thunder_rollout.runtime.worker_actor import RemoteWorker, WorkerDied, create_worker
@@ -50,12 +47,9 @@ class Cluster:
         self.store = store
         self.sandbox_backend = ""
         self._tasks = tasks
-        self._engines: dict[str, RemoteEngine] = {}
-        self._engine_handles: dict[str, Any] = {}
-        self._groups: list[PlacementGroup] = []
         self._workers: dict[str, RemoteWorker] = {}
         self._num_workers_made = 0
-        self._supervisors: list[EngineSupervisor] = []
+        self.fleet: EngineFleet
         self._weights = Weights(mode=config.rollout.update_mode, batch=config.rollout.update_batch)
         folder = config.rollout.weights_folder
         self._weights_folder = WeightsFolder(folder) if folder else None
@@ -72,17 +66,19 @@ class Cluster:
             hosts=self._host_handles,
         )
         self.scheduler = RemoteScheduler(self._scheduler_handle)
+        self.fleet = EngineFleet(
+            config.engine, self.scheduler, prefix=self.store.folder.name, on_join=self._introduce, weights=self._weights
+        )
         async with task_group() as group:
-            starting = [group.create_task(self._start_engine(i)) for i in range(config.rollout.num_engines)]
+            group.create_task(self.fleet.start(config.rollout.num_engines))
             group.create_task(self.scheduler.start())
             group.create_task(self._start_sandboxes())
-        self._supervisors = [task.result() for task in starting]
-        smallest = min((supervisor.info for supervisor in self._supervisors), key=lambda info: info.capacity_tokens)
+        infos = [supervisor.info for supervisor in self.fleet.supervisors.values()]
+        smallest = min(infos, key=lambda info: info.capacity_tokens)
         self._check_capacity(smallest)
         if self._weights_folder and (newest := self._weights_folder.newest()):
             self._weights.start_with(newest[0], version=newest[1])
-        for supervisor in self._supervisors:
-            await supervisor.announce()
+        await self.fleet.announce()
         self._worker_config = self._make_worker_config(smallest)
         for _ in range(config.rollout.num_workers):
             self._add_worker()
@@ -92,7 +88,7 @@ class Cluster:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        stops = [self._hosts.stop(), self.scheduler.stop(), *(engine.stop() for engine in self._engines.values())]
+        stops = [self._hosts.stop(), self.scheduler.stop(), self.fleet.stop()]
         try:
             async with asyncio.timeout(STOP_TIMEOUT_S):
                 await asyncio.gather(*stops, return_exceptions=True)
@@ -101,10 +97,8 @@ class Cluster:
 
     def shutdown(self) -> None:
         """Leave the Ray cluster; a private one ends. Idempotent."""
-        for group in self._groups:
-            if ray.is_initialized():
-                remove_placement_group(group)
-        self._groups.clear()
+        if (fleet := getattr(self, "fleet", None)) is not None:
+            fleet.shutdown()
         ray.shutdown()
 
     async def run_sample(self, task: Task, key: SampleKey, attempt: int) -> SampleOutcome:
@@ -123,11 +117,20 @@ class Cluster:
             raise
 
     async def supervise(self) -> None:
-        """Watch the engines, and tell the sandbox hosts that we live, until cancelled."""
+        """Watch the engines, and tell the sandbox hosts that we live, until cancelled; engines join where
+        `rollout.max_engines` and the cluster allow."""
+        rollout = self.config.rollout
         async with task_group() as group:
             group.create_task(self._hosts.keep_alive(), name="keep sandboxes alive")
-            for supervisor in self._supervisors:
-                group.create_task(supervisor.run(), name=f"supervise {supervisor.name}")
+            group.create_task(self.fleet.supervise(rollout.max_engines or rollout.num_engines), name="engines")
+
+    async def add_engine(self) -> str:
+        """One more engine for the run under way; returns its name. Raises `ConfigError`, `EngineDied`."""
+        return await self.fleet.add()
+
+    async def remove_engine(self, name: str) -> None:
+        """Let an engine leave the run under way; its programs go on elsewhere."""
+        await self.fleet.remove(name, drain_s=self.config.rollout.drain_s)
 
     def expect(self, tasks: list[Task]) -> None:
         """The samples to come, in their order: the sandbox hosts pull and keep images by it."""
@@ -172,18 +175,13 @@ class Cluster:
                 "is used; start Docker and set sandbox=docker"
             )
 
-    async def _start_engine(self, index: int) -> EngineSupervisor:
-        """Each engine samples from a seed of its own: the samples of a group must differ."""
-        name = f"engine{index}"
-        engine = replace(self.config.engine, seed=self.config.engine.seed + index)
-        group = placement_group([engine.resources()], strategy="STRICT_PACK")
-        self._groups.append(group)
-        await _placed(group, engine)
-        handle = create_engine_actor(engine, name=f"{self.store.folder.name}/{name}", placement_group=group)
-        self._engine_handles[name] = handle
-        self._engines[name] = RemoteEngine(handle)
-        info = await self._engines[name].start()
-        return EngineSupervisor(name, self._engines[name], self.scheduler, info, engine, self._weights)
+    async def _introduce(self, name: str, handle: Any) -> None:
+        """Every worker knows an engine before the scheduler may name it; one that died is replaced by one
+        that knows them all."""
+        told = (worker.know(name, handle) for worker in self._workers.values())
+        for error in await asyncio.gather(*told, return_exceptions=True):
+            if isinstance(error, BaseException) and not isinstance(error, WorkerDied):
+                raise error
 
     def _check_capacity(self, info: EngineInfo) -> None:
         longest = min(self.config.agent.max_context_tokens, info.max_model_len)
@@ -216,23 +214,11 @@ class Cluster:
             name,
             self._worker_config,
             scheduler=self._scheduler_handle,
-            engines=self._engine_handles,
+            engines=dict(self.fleet.handles),
             hosts=self._host_handles,
             folder=self.store.folder.resolve(),
             concurrency=self.config.rollout.concurrency,
         )
-
-
-async def _placed(group: PlacementGroup, engine: EngineConfig) -> None:
-    """Raises `ConfigError` if no single node ever has the room for it."""
-    try:
-        async with asyncio.timeout(engine.startup_timeout_s):
-            await group.ready()
-    except TimeoutError:
-        raise ConfigError(
-            f"engine.num_gpus, engine.num_cpus: no node had {engine.resources()} free for an engine within "
-            f"{engine.startup_timeout_s:.0f} s (engine.startup_timeout_s); an engine's GPUs must be on one node"
-        ) from None
 
 
 def start_ray(settings: RayConfig) -> None:

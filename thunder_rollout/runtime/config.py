@@ -14,6 +14,8 @@ class RolloutSettings:
 
     n: int = 4  # samples of each task (a GRPO group)
     num_engines: int = 2
+    max_engines: int | None = None  # more join where the cluster gains room; null: none do
+    drain_s: float = 60.0  # turns in flight of an engine that leaves may finish for so long
     num_workers: int = 2
     concurrency: int = 32  # samples in flight over all workers
     temperature: float = 1.0
@@ -32,6 +34,13 @@ class RolloutSettings:
             raise ConfigError(
                 f"rollout.update_batch={self.update_batch!r}: must be at least 1, or null for all at once"
             )
+        if self.max_engines is not None and self.max_engines < self.num_engines:
+            raise ConfigError(
+                f"rollout.max_engines={self.max_engines!r}: must be at least rollout.num_engines={self.num_engines}, "
+                "or null"
+            )
+        if self.drain_s < 0:
+            raise ConfigError(f"rollout.drain_s={self.drain_s!r}: must be >= 0")
         if not 0 <= self.temperature <= 2:
             raise ConfigError(f"rollout.temperature={self.temperature!r}: must be in [0, 2] (0 is greedy)")
         if not 0 < self.top_p <= 1:

@@ -3,10 +3,10 @@
 Contract: `announce` first, then `run` until it is cancelled or the engine is given up. Every
 `report_s` the engine is asked for its statistics. An engine that is dead (`EngineHost` says when),
 or that does not answer for `hang_s`, is down for the scheduler at once and started again under the
-next generation, with the weights that the run serves by then. A start that fails is tried again
-after a pause that doubles. After `max_restarts` starts in a row that led to no step of work the
-engine is given up, and `run` returns; the scheduler then fails who waits, if no other engine is up
-or returning.
+next generation, with the weights that the run serves by then. A start that fails, or takes longer
+than `startup_timeout_s`, is tried again after a pause that doubles. After `max_restarts` starts in
+a row that led to no step of work the engine is given up, and `run` returns; the scheduler then
+fails who waits, if no other engine is up or returning.
 
 Programs need nothing of this: their turns raise `EngineDied` and are asked again. Where only they
 lost sight of the engine, it is announced again under the next generation without a restart.
@@ -152,6 +152,8 @@ class EngineSupervisor:
                     self.info = await self._engine.start()
                     await self._announce_next()
             except (EngineDied, UserError, TimeoutError) as failure:
+                if isinstance(failure, TimeoutError):
+                    self._engine.kill()
                 last = failure
                 logger.warning("backend=%s did not start again: %r; next try in %.0f s", self.name, failure, pause_s)
                 await asyncio.sleep(pause_s)

@@ -9,6 +9,7 @@ from typing import Any
 import ray
 
 from thunder_rollout.agent.chat import ChatFormat
+from thunder_rollout.engine.protocol import Engine
 from thunder_rollout.engine.remote import RemoteEngine
 from thunder_rollout.errors import ConfigError, InfrastructureFailure
 from thunder_rollout.remote import remote_call
@@ -29,12 +30,13 @@ class WorkerActor:
     def __init__(
         self, name: str, config: WorkerConfig, scheduler: Any, engines: dict[str, Any], hosts: FleetHandles, folder: str
     ) -> None:
+        self._engines: dict[str, Engine] = {engine: RemoteEngine(handle) for engine, handle in engines.items()}
         self._make_worker = lambda chat: RolloutWorker(
             name,
             config,
             chat,
             RemoteScheduler(scheduler),
-            {engine: RemoteEngine(handle) for engine, handle in engines.items()},
+            self._engines,
             RemoteSandboxHosts(hosts),
             RunStore(Path(folder)),
         )
@@ -47,6 +49,10 @@ class WorkerActor:
         async with self._loading:
             if self._worker is None:
                 self._worker = self._make_worker(await asyncio.to_thread(_load_chat, self._model))
+
+    async def know(self, engine: str, handle: Any) -> None:
+        """An engine joins the run."""
+        self._engines[engine] = RemoteEngine(handle)
 
     async def run(self, task: Task, key: SampleKey, attempt: int) -> SampleOutcome:
         await self.ready()
@@ -75,6 +81,9 @@ class RemoteWorker:
     async def ready(self) -> None:
         await self._call(self._handle.ready.remote())
 
+    async def know(self, engine: str, handle: Any) -> None:
+        await self._call(self._handle.know.remote(engine, handle))
+
     async def run(self, task: Task, key: SampleKey, attempt: int) -> SampleOutcome:
         self.num_running += 1
         try:
@@ -101,5 +110,5 @@ def create_worker(
     folder: Path,
     concurrency: int,
 ) -> RemoteWorker:
-    cls = ray.remote(num_cpus=0, max_concurrency=concurrency + 1)(WorkerActor)
+    cls = ray.remote(num_cpus=0, max_concurrency=concurrency + 2)(WorkerActor)
     return RemoteWorker(name, cls.remote(name, config, scheduler, engines, hosts, str(folder)))

@@ -21,7 +21,7 @@ from tests.support.failing_engines import (
 )
 from thunder_rollout.core.events import BackendDown, BackendStats, BackendUp, Event
 from thunder_rollout.engine.fake import FakeEngine
-from thunder_rollout.engine.protocol import EngineStats
+from thunder_rollout.engine.protocol import EngineInfo, EngineStats
 from thunder_rollout.engine.virtual_time import run_in_virtual_time
 from thunder_rollout.engine.weights import FolderWeights, MemoryWeights, UpdateMode
 from thunder_rollout.errors import EngineDied, RequestPoisoned
@@ -257,12 +257,26 @@ def test_an_engine_lost_from_sight_is_announced_again_without_a_restart() -> Non
     run_in_virtual_time(main())
 
 
-def test_cancelling_a_restart_leaves_an_engine_that_stops() -> None:
-    class StartsSlowly(FakeEngine):
-        async def start(self):
-            await asyncio.sleep(60)
-            return await super().start()
+class StartsSlowly(FakeEngine):
+    async def start(self) -> EngineInfo:
+        await asyncio.sleep(1000)
+        return await super().start()
 
+
+def test_a_start_that_takes_too_long_is_cut_and_tried_again() -> None:
+    async def main() -> None:
+        async with supervised_run(1, config=replace(SUPERVISED, startup_timeout_s=10)) as run:
+            host = run.hosts["engine0"]
+            host.next_makes = [lambda: StartsSlowly(CONFIG)]
+            host.engines[-1].die()
+            await asyncio.sleep(15)
+            assert host.num_kills == 1
+            assert backends_up(run) == {"engine0": 1}
+
+    run_in_virtual_time(main())
+
+
+def test_cancelling_a_restart_leaves_an_engine_that_stops() -> None:
     async def main() -> None:
         async with supervised_run(1, config=replace(SUPERVISED, report_s=0.5)) as run:
             host = run.hosts["engine0"]
