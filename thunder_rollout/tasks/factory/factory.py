@@ -46,6 +46,7 @@ _NOOP_PATCH = (
     b"--- /dev/null\n+++ b/thunder_noop.txt\n@@ -0,0 +1 @@\n+nothing\n"
 )
 KEPT = "kept"
+_ENOUGH = "enough of its function"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,12 +92,18 @@ async def make_tasks(
     progress.num_found = len(bugs)
     trier = _Trier(place, config, fresh, stable, max(_MIN_TIMEOUT_S, _SLOWER * clean_s), journal)
     per_place: Counter[str] = Counter()
+
+    async def attempt_if_wanted(bug: Bug) -> Attempt:
+        if per_place[bug.place] >= config.max_per_function:
+            return Attempt(key=bug.key, outcome=_ENOUGH)
+        return await trier.attempt(bug)
+
     on_progress(progress)
-    async with _in_order(bugs[: config.max_tried], trier.attempt, config.concurrency) as attempts:
+    async with _in_order(bugs[: config.max_tried], attempt_if_wanted, config.concurrency) as attempts:
         async for bug, attempt in attempts:
             outcome = attempt.outcome
             if attempt.task is not None and per_place[bug.place] >= config.max_per_function:
-                outcome = "enough of its function"
+                outcome = _ENOUGH
             elif attempt.task is not None:
                 per_place[bug.place] += 1
                 progress.tasks.append(attempt.task)
