@@ -3,8 +3,8 @@
 `ImageCache` decides; this carries it out on an `ImageEngine`. Invariants: an image is on the node
 for as long as somebody holds a lease of it; the budget holds at every moment (as far as sizes are
 known); at most `max_pulls` pulls at a time; who asks for room first gets it first, so that small
-images never starve a big one; pulls ahead of need take no slot and no room that a sandbox waits
-for. Cancelling a lease leaves the pull to whoever needs it next.
+images never starve a big one; a pull ahead of need begins only where a slot and room are free.
+Cancelling a lease leaves the pull to whoever needs it next.
 """
 
 from __future__ import annotations
@@ -136,6 +136,8 @@ class ImageStore:
         self._changed()
 
     async def _have(self, name: str) -> None:
+        if self._ahead is not None and self._ahead.done() and not self._ahead.cancelled():
+            self._ahead.result()  # it ends by itself only by a bug of ours
         while (removal := self._removals.get(name)) is not None:
             await asyncio.wait([removal])
         if name not in self._pulls:

@@ -144,6 +144,15 @@ async def test_a_pull_ahead_that_fails_is_left_to_the_sample() -> None:
         await store.acquire("a")
 
 
+async def test_a_bug_in_pulling_ahead_is_told_to_whoever_needs_an_image_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with store_of(FakeImageEngine([image("a")]), prefetch=1) as store:
+        monkeypatch.setattr(store._cache, "upcoming", lambda num_uses: 1 / 0)
+        store.expect(["a"])
+        await asyncio.sleep(0.01)
+        with pytest.raises(ZeroDivisionError):
+            await store.acquire("a")
+
+
 async def test_cancelling_a_lease_leaves_the_pull_and_no_pin() -> None:
     engine = FakeImageEngine([image("a"), image("b", 20)], pull_s=0.05)
     async with store_of(engine, budget_bytes=40) as store:
