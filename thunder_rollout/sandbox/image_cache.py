@@ -158,7 +158,7 @@ class ImageCache:
 
     def excess_bytes(self, name: str) -> int:
         """By how much the budget misses the room that pulling the image takes, everything that can
-        ever go gone; 0 if it can be pulled some day."""
+        ever go gone; 0 if it can be pulled some day. (With its lower layers there it may fit now.)"""
         if self.budget_bytes is None:
             return 0
         fixed = self._by_key(self._fixed & self._present.keys())
@@ -219,7 +219,7 @@ class ImageCache:
         return min(self._distance(name) for name in self._users[layer.key])
 
     def _distance(self, name: str) -> float:
-        return 1.0 + self._next_use(name) - self._position
+        return 1.0 + max(0.0, self._next_use(name) - self._position)  # samples may begin out of order
 
     def _next_use(self, name: str) -> float:
         if self._open[name]:

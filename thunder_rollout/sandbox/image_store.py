@@ -188,13 +188,13 @@ class ImageStore:
 
     async def _make_room(self, name: str, ahead: bool) -> bool:
         while True:
-            if (excess_bytes := self._cache.excess_bytes(name)) > 0:
+            change = self._change
+            plan = self._cache.plan_pull(name, ahead=ahead)
+            if plan is None and (excess_bytes := self._cache.excess_bytes(name)) > 0:
                 raise SandboxFailed(
                     f"sandbox.images.budget_bytes={self._config.budget_bytes}: image {name} needs {excess_bytes} bytes "
                     "more to be pulled and unpacked; raise the budget, or remove images of yours from the engine"
                 )
-            change = self._change
-            plan = self._cache.plan_pull(name, ahead=ahead)
             if plan is not None and await self._evict(plan):
                 return True
             if ahead:

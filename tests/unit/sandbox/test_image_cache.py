@@ -143,6 +143,14 @@ def test_a_layer_that_a_pull_builds_upon_stays() -> None:
     assert plan(cache, single("new", 20)) == ("a", "b")
 
 
+def test_samples_may_begin_out_of_order() -> None:
+    cache = cache_of(30, single("a"), single("b"))
+    cache.expect(["a", "b", "a"])
+    cache.started("b")
+    cache.finished("b")
+    assert plan(cache, single("new", 10)) == ("b",)
+
+
 def test_two_names_of_the_same_layers_go_together() -> None:
     cache = cache_of(30, image("a:1", ("x", 20)), image("a:2", ("x", 20)))
     cache.expect(["new"])
@@ -259,8 +267,6 @@ def test_whatever_happens_the_budget_holds_and_nothing_in_use_goes(
                 cache.unpin(pins.pop())
             case "pull" | "ahead" as how if not cache.is_present(name) and name not in pulling:
                 victims = cache.plan_pull(name, ahead=how == "ahead")
-                if cache.excess_bytes(name):
-                    assert victims is None
                 if victims is None:
                     continue
                 assert not {*victims} & ({*pins} | pulling | {name})
@@ -284,4 +290,4 @@ def test_whatever_happens_the_budget_holds_and_nothing_in_use_goes(
     for name in pins:
         cache.unpin(name)
     for new in images:
-        assert (cache.plan_pull(new.name) is None) == (cache.excess_bytes(new.name) > 0)
+        assert cache.plan_pull(new.name) is not None or cache.excess_bytes(new.name) > 0
