@@ -14,8 +14,8 @@ ARGS = (
     "policies=[adaptive]",
     "seeds=[0]",
     "warmup_s=1",
-    "measure_s=3",
-    "workload.weight_updates.weight_update_s=2",
+    "measure_s=8",
+    "workload.weight_updates.weight_update_s=4",
     "engine.kind=fake",
     "ray.num_cpus=4",
 )

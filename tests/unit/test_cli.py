@@ -91,7 +91,7 @@ def test_a_task_file_that_is_not_there_is_refused(refused, model):
 
 def test_a_task_row_without_an_image_is_refused(refused, model, tmp_path):
     path = write_tasks(tmp_path / "tasks.jsonl", image_name=None)
-    said = refused("rollout", f"engine.model={model}", "task=file", path)
+    said = refused("rollout", f"engine.model={model}", "task=file", "task.source=plain", path)
     assert "org__repo-1" in said
     assert "image" in said
 

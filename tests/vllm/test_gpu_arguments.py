@@ -34,7 +34,7 @@ def test_an_engine_takes_one_to_eight_gpus_of_one_node(tensor: int, pipeline: in
     assert args.distributed_executor_backend is (OwnedUniProcExecutor if single else OwnedMultiprocExecutor)
     assert args.gpu_memory_utilization == 0.9
     assert args.num_gpu_blocks_override is None, "as many as the memory holds"
-    assert "VLLM_CPU_KVCACHE_SPACE" not in config.environment()
+    assert args.kv_cache_memory_bytes is None
 
 
 def test_engines_fill_several_nodes() -> None:

@@ -49,10 +49,16 @@ class Model:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
-    return {
-        name: Model(write_preset("qwen2_test", tmp_path_factory.mktemp(name), seed=seed).path)
+    """Two random models say much the same where both repeat the prompt's last token; `b` is surer of it."""
+    paths = {
+        name: write_preset("qwen2_test", tmp_path_factory.mktemp(name), seed=seed).path
         for seed, name in enumerate(("a", "b"))
     }
+    file = paths["b"] / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.embed_tokens.weight"] *= 4
+    save_file(tensors, file, metadata={"format": "pt"})
+    return {name: Model(path) for name, path in paths.items()}
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -120,7 +120,6 @@ class EngineConfig:
         if self.device == "gpu":
             return common
         return common | {
-            "VLLM_CPU_KVCACHE_SPACE": str(self.cpu_kv_space_gib),
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several engines share the machine's cores
             "OMP_NUM_THREADS": str(self.omp_threads),
             "TORCH_COMPILE_DISABLE": "1" if self.enforce_eager else "0",

@@ -44,6 +44,7 @@ _STOP_GRACE_S = 1.0  # an engine has nothing to save; its processes are killed a
 # our field for vLLM's argument, where it has another name
 _FIELDS = {
     "num_gpu_blocks_override": "kv_cache_tokens",
+    "kv_cache_memory_bytes": "cpu_kv_space_gib",
     "kv_offloading_size": "kv_offload_gib",
     "kv_transfer_config": "kv_offload_gib",
     "kv_events_config": "kv_events",
@@ -312,6 +313,8 @@ def _engine_arguments(config: EngineConfig, known: set[str], events: KvEvents | 
         # vLLM keeps one block for itself
         "num_gpu_blocks_override": None if config.num_kv_blocks is None else config.num_kv_blocks + 1,
         "kv_events_config": _kv_events_config(events),
+        # on the CPU; without it vLLM wants gpu_memory_utilization of the whole memory to be free
+        "kv_cache_memory_bytes": config.cpu_kv_space_gib * 2**30 if config.device == "cpu" else None,
         **offload_arguments(config.kv_offload_gib),
     }
     if config.device == "cpu":
