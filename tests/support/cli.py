@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 def start(folder: Path, *args: str, **env: str) -> subprocess.Popen[str]:
     """Start `thunder-rollout` in `folder`; its output goes to a pipe, stderr included."""
     command = [sys.executable, "-m", "thunder_rollout.cli", *args]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])} | env
+    inherited = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}  # pytest's own process
+    environment = inherited | {"PYTHONPATH": str(Path(__file__).parents[2])} | env
     return subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
