@@ -27,7 +27,7 @@ bench-core: setup  ## CPU time of the scheduler's decisions: 10,000 programs on 
 test: setup  ## everything this machine can test: unit, docker, ray, vllm, verl
 	@$(VENV)/bin/python -m pytest tests $(ARGS)
 
-test-unit: setup  ## the quick ones, without Ray, vLLM or Docker: under a minute
+test-unit: setup  ## the quick ones, without Ray, vLLM or Docker: a minute or two
 	@$(VENV)/bin/python -m pytest tests/unit -m "not slow" $(ARGS)
 
 coverage: setup  ## branch coverage of the core by its own unit tests

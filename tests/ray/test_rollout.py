@@ -169,11 +169,12 @@ def test_nodes_join_and_die_with_their_engines_while_a_rollout_runs(args, tmp_pa
     try:
         parallel = ["engine.device=gpu", "engine.tensor_parallel_size=4", "engine.report_s=0.2"]
         fleet = [f"ray.address={nodes.address}", "ray.num_cpus=null", "rollout.num_engines=1", "rollout.max_engines=2"]
-        process = cli.start(tmp_path, *args, *parallel, *fleet, "rollout.n=30", "rollout.concurrency=4")
+        process = cli.start(tmp_path, *args, *parallel, *fleet, "rollout.n=50", "rollout.concurrency=4")
         latest = tmp_path / "runs" / "latest"
         cli.wait_for_samples(latest, 1, process)
         second = nodes.add_node(**node)
         wait_for_trace(latest, process, '"BackendUp", "backend": "engine1", "generation": 0')
+        wait_for_trace(latest, process, '"backend": "engine1", "generation": 0, "request"', times=20)
         nodes.remove_node(second)
         wait_for_trace(latest, process, '"BackendDown", "backend": "engine1", "generation": 0')
         output, _ = process.communicate(timeout=200)
@@ -185,9 +186,9 @@ def test_nodes_join_and_die_with_their_engines_while_a_rollout_runs(args, tmp_pa
         nodes.shutdown()
 
 
-def wait_for_trace(run_dir, process, text):
+def wait_for_trace(run_dir, process, text, times=1):
     for _ in range(600):
-        if text in (run_dir / "trace.jsonl").read_text():
+        if (run_dir / "trace.jsonl").read_text().count(text) >= times:
             return
         assert process.poll() is None, f"ended before {text}: {process.communicate()[0]}"
         time.sleep(0.1)

@@ -9,7 +9,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 
 from thunder_rollout.config import load_rollout_config
 from thunder_rollout.engine.config import EngineConfig, check_resources
-from thunder_rollout.engine.vllm import _engine_arguments
+from thunder_rollout.engine.vllm_arguments import engine_arguments
 from thunder_rollout.engine.vllm_executor import OwnedMultiprocExecutor, OwnedUniProcExecutor
 from thunder_rollout.errors import ConfigError
 
@@ -21,7 +21,7 @@ def composed(*overrides: str) -> EngineConfig:
 
 
 def arguments(config: EngineConfig) -> AsyncEngineArgs:
-    return AsyncEngineArgs(**_engine_arguments(config, {field.name for field in fields(AsyncEngineArgs)}))
+    return AsyncEngineArgs(**engine_arguments(config, {field.name for field in fields(AsyncEngineArgs)}))
 
 
 @pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (4, 2), (1, 8)])

@@ -18,7 +18,8 @@ from tests.support.engine_contract import CONFIG, VOCAB_SIZE, new_prompt, new_re
 from thunder_rollout.engine.fake import FakeEngine
 from thunder_rollout.engine.protocol import Engine, EngineInfo, GenerateRequest
 from thunder_rollout.engine.random_model import write_preset
-from thunder_rollout.engine.vllm import VllmEngine, _engine_arguments
+from thunder_rollout.engine.vllm import VllmEngine
+from thunder_rollout.engine.vllm_arguments import engine_arguments
 from thunder_rollout.engine.vllm_offload import offload_tokens
 from thunder_rollout.engine.vllm_release import make_releasing
 from thunder_rollout.engine.weights import FolderWeights, MemoryWeights, WeightSource
@@ -137,7 +138,7 @@ async def test_offload_to_host_memory_is_composed(engine: VllmEngine, started: t
 
     assert started[1].offload_tokens == 0
     gpu = replace(engine._config, device="gpu", num_gpus=1, kv_offload_gib=0.5)
-    arguments = _engine_arguments(gpu, {field.name for field in fields(AsyncEngineArgs)}, None)
+    arguments = engine_arguments(gpu, {field.name for field in fields(AsyncEngineArgs)}, None)
     vllm_config = AsyncEngineArgs(**arguments).create_engine_config()
     assert vllm_config.kv_transfer_config.kv_connector == "OffloadingConnector"
     extra = vllm_config.kv_transfer_config.kv_connector_extra_config
@@ -147,7 +148,7 @@ async def test_offload_to_host_memory_is_composed(engine: VllmEngine, started: t
     assert (model.hidden_size // model.num_attention_heads, vllm_config.model_config.dtype.itemsize) == (32, 2)
     assert offload_tokens(vllm_config, 0.5) == 2**29 // token_bytes
     with pytest.raises(ConfigError, match=r"engine\.extra\.kv_offloading_size: .*use engine\.kv_offload_gib"):
-        _engine_arguments(replace(gpu, extra={"kv_offloading_size": 1}), set(arguments), None)
+        engine_arguments(replace(gpu, extra={"kv_offloading_size": 1}), set(arguments), None)
 
 
 async def test_a_turn_that_never_ran_can_be_aborted(engine: Engine) -> None:

@@ -7,7 +7,6 @@ raises becomes one of our errors here and nowhere else.
 from __future__ import annotations
 
 import asyncio
-import difflib
 import logging
 import os
 import signal
@@ -19,10 +18,11 @@ from typing import Any
 from thunder_rollout.core.events import FinishReason
 from thunder_rollout.engine.cache_report import CacheChanges
 from thunder_rollout.engine.config import EngineConfig, check_model_folder
-from thunder_rollout.engine.kv_events import BUFFER_STEPS, KvEvents
+from thunder_rollout.engine.kv_events import KvEvents
 from thunder_rollout.engine.protocol import EngineInfo, EngineStats, GenerateRequest, Generation
 from thunder_rollout.engine.request_check import RequestLimits, check_request
-from thunder_rollout.engine.vllm_offload import offload_arguments, offload_tokens
+from thunder_rollout.engine.vllm_arguments import engine_arguments
+from thunder_rollout.engine.vllm_offload import offload_tokens
 from thunder_rollout.engine.vllm_release import make_releasing, release_arguments
 from thunder_rollout.engine.weights import (
     UpdateGate,
@@ -40,15 +40,6 @@ _SEE_LOG = "the cause is in Ray's logs (of this machine's newest cluster: /tmp/r
 _ENDED_FROM_OUTSIDE = (0, -signal.SIGTERM, -signal.SIGKILL)
 _EXIT_WAIT_S, _EXIT_POLL_S = 5.0, 0.1  # a core that failed says so before it exits
 _STOP_GRACE_S = 1.0  # an engine has nothing to save; its processes are killed after this
-
-# our field for vLLM's argument, where it has another name
-_FIELDS = {
-    "num_gpu_blocks_override": "kv_cache_tokens",
-    "kv_cache_memory_bytes": "cpu_kv_space_gib",
-    "kv_offloading_size": "kv_offload_gib",
-    "kv_transfer_config": "kv_offload_gib",
-    "kv_events_config": "kv_events",
-}
 
 # vLLM reports a repeated pattern (its own detector) under a reason of its own; it ended the turn.
 _FINISH_REASONS = {"repetition": FinishReason.STOP} | {str(reason): reason for reason in FinishReason}
@@ -280,7 +271,7 @@ def _load(config: EngineConfig, gauges: _Gauges, events: KvEvents | None) -> Any
             pass
 
     try:
-        args = AsyncEngineArgs(**_engine_arguments(config, {f.name for f in fields(AsyncEngineArgs)}, events))
+        args = AsyncEngineArgs(**engine_arguments(config, {f.name for f in fields(AsyncEngineArgs)}, events))
         vllm_config = args.create_engine_config()
         if config.release_on_pause:
             make_releasing(vllm_config)
@@ -294,73 +285,11 @@ def _load(config: EngineConfig, gauges: _Gauges, events: KvEvents | None) -> Any
         raise EngineDied(f"engine {config.model} did not start ({error}); {_SEE_LOG}") from error
 
 
-def _engine_arguments(config: EngineConfig, known: set[str], events: KvEvents | None = None) -> dict[str, Any]:
-    own = {
-        "model": os.path.expanduser(config.model),
-        "dtype": config.dtype,
-        "max_model_len": config.max_model_len,
-        "block_size": config.block_size,
-        "gpu_memory_utilization": config.gpu_memory_utilization,
-        "tensor_parallel_size": config.tensor_parallel_size,
-        "pipeline_parallel_size": config.pipeline_parallel_size,
-        "distributed_executor_backend": _executor(config),
-        "max_num_seqs": config.max_num_seqs,
-        "max_num_batched_tokens": config.max_num_batched_tokens,
-        "enable_prefix_caching": config.enable_prefix_caching,
-        "enforce_eager": config.enforce_eager,
-        "logprobs_mode": config.logprobs_mode,
-        "seed": config.seed,
-        # vLLM keeps one block for itself
-        "num_gpu_blocks_override": None if config.num_kv_blocks is None else config.num_kv_blocks + 1,
-        "kv_events_config": _kv_events_config(events),
-        # on the CPU; without it vLLM wants gpu_memory_utilization of the whole memory to be free
-        "kv_cache_memory_bytes": config.cpu_kv_space_gib * 2**30 if config.device == "cpu" else None,
-        **offload_arguments(config.kv_offload_gib),
-    }
-    if config.device == "cpu":
-        own["worker_extension_cls"] = "thunder_rollout.engine.vllm_reload.CpuReload"
-    for name in config.extra:
-        if name in own:
-            raise ConfigError(f"engine.extra.{name}: this project sets it; use engine.{_FIELDS.get(name, name)}")
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean engine.extra.{close[0]}?" if close else "see vLLM's engine arguments"
-            raise ConfigError(f"engine.extra.{name}: vLLM has no such engine argument; {hint}")
-    return own | config.extra
-
-
 def _exit_code(engine: Any) -> int | None:
     """Of the engine core's process (the first that failed, where there are several); None while all run."""
     manager = engine.engine_core.resources.engine_manager
     codes = [process.exitcode for process in manager.processes]
     return next((code for code in codes if code is not None), None)
-
-
-def _kv_events_config(events: KvEvents | None) -> Any:
-    if events is None:
-        return None
-    from vllm.config import KVEventsConfig
-
-    return KVEventsConfig(
-        enable_kv_cache_events=True,
-        publisher="zmq",
-        endpoint=events.endpoint,
-        replay_endpoint=events.replay_endpoint,
-        buffer_steps=BUFFER_STEPS,
-    )
-
-
-def _executor(config: EngineConfig) -> Any:
-    """One worker runs inside the engine core. On the CPU vLLM would give it a process of its own, to
-    set its OpenMP variables (`EngineConfig.environment` has set them already), and the two would
-    spin on each other's shared memory for a second after every step, on the sandboxes' cores."""
-    backend = config.distributed_executor_backend
-    if backend == "auto":
-        single = config.tensor_parallel_size * config.pipeline_parallel_size == 1
-        backend = "uni" if single else "mp"
-    from thunder_rollout.engine.vllm_executor import OwnedMultiprocExecutor, OwnedUniProcExecutor
-
-    return OwnedUniProcExecutor if backend == "uni" else OwnedMultiprocExecutor
 
 
 def _capacity_tokens(vllm_config: Any) -> int:
@@ -404,9 +333,8 @@ def _to_generation(output: Any, *, num_prompt: int, weight_version: str) -> Gene
     completion, times = output.outputs[0], output.metrics
     token_ids = list(completion.token_ids)
     entries = completion.logprobs or []
-    logprobs = [
-        entry[token_id].logprob for token_id, entry in zip(token_ids, entries, strict=False)
-    ]  # checked: result_check
+    pairs = zip(token_ids, entries, strict=False)  # engine.result_check finds a difference
+    logprobs = [entry[token_id].logprob for token_id, entry in pairs]
     return Generation(
         token_ids=token_ids,
         logprobs=logprobs,
