@@ -26,6 +26,15 @@ KEYS = {
 }
 
 
+# A turn in flight on a node that dies waits until Ray has noticed.
+QUICK_HEALTH_CHECKS = {
+    "health_check_initial_delay_ms": 0,
+    "health_check_period_ms": 1000,
+    "health_check_timeout_ms": 1000,
+    "health_check_failure_threshold": 3,
+}
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return write_preset("qwen2_test", tmp_path_factory.mktemp("model")).path
@@ -161,11 +170,12 @@ def test_engines_that_are_killed_serve_again_and_no_sample_is_lost(args, tmp_pat
     cli.check_agreement(latest)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(500)
 def test_nodes_join_and_die_with_their_engines_while_a_rollout_runs(args, tmp_path):
     """Engines of four GPUs (Ray takes our word for them) on nodes of four."""
     node = {"num_cpus": 1, "num_gpus": 4}
-    nodes = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    head = {**node, "include_dashboard": False, "_system_config": QUICK_HEALTH_CHECKS}
+    nodes = Cluster(initialize_head=True, head_node_args=head)
     try:
         parallel = ["engine.device=gpu", "engine.tensor_parallel_size=4", "engine.report_s=0.2"]
         fleet = [f"ray.address={nodes.address}", "ray.num_cpus=null", "rollout.num_engines=1", "rollout.max_engines=2"]
@@ -177,7 +187,7 @@ def test_nodes_join_and_die_with_their_engines_while_a_rollout_runs(args, tmp_pa
         wait_for_trace(latest, process, '"backend": "engine1", "generation": 0, "request"', times=20)
         nodes.remove_node(second)
         wait_for_trace(latest, process, '"BackendDown", "backend": "engine1", "generation": 0')
-        output, _ = process.communicate(timeout=200)
+        output, _ = process.communicate(timeout=400)
         assert process.returncode == 0, output
         assert cli.summary(latest)["failures"] == {}
         cli.check_agreement(latest)
