@@ -9,7 +9,8 @@ a row that led to no step of work the engine is given up, and `run` returns; the
 fails who waits, if no other engine is up or returning.
 
 Programs need nothing of this: their turns raise `EngineDied` and are asked again. Where only they
-lost sight of the engine, it is announced again under the next generation without a restart.
+lost sight of the engine, which still answers when it is asked after their report, it is announced
+again under the next generation without a restart.
 """
 
 from __future__ import annotations
@@ -136,6 +137,7 @@ class EngineSupervisor:
         )
         self._cache_told_of = self.generation if cache is not None else None
         if not is_up:
+            await self.stats()  # whose turns found it dead after it was asked, says so now
             logger.warning("backend=%s lives, but a program lost sight of it; it is announced again", self.name)
             await self._announce_next()
 

@@ -257,6 +257,33 @@ def test_an_engine_lost_from_sight_is_announced_again_without_a_restart() -> Non
     run_in_virtual_time(main())
 
 
+def test_an_engine_that_a_program_found_dead_first_is_not_announced_again_before_it_is_restarted() -> None:
+    async def main() -> tuple[list[Event], int]:
+        class HearsOfADeath(RecordingScheduler):
+            """From a program, just after the engine was asked."""
+
+            async def report(self, stats: BackendStats) -> bool:
+                if len(host.engines) == 1:
+                    host.engines[-1].die()
+                await super().report(stats)
+                return len(host.engines) > 1
+
+        host, scheduler = LocalHost(lambda: FakeEngine(CONFIG), SUPERVISED), HearsOfADeath()
+        supervisor = EngineSupervisor("e0", host, scheduler, await host.start(), SUPERVISED)
+        watching = asyncio.create_task(supervisor.run())
+        await asyncio.sleep(1.5)
+        watching.cancel()
+        await host.stop()
+        return [event for event in scheduler.events if not isinstance(event, BackendStats)], supervisor.num_restarts
+
+    events, num_restarts = run_in_virtual_time(main())
+    assert [(type(event), event.generation) for event in events if isinstance(event, BackendDown | BackendUp)] == [
+        (BackendDown, 0),
+        (BackendUp, 1),
+    ]
+    assert num_restarts == 1
+
+
 class StartsSlowly(FakeEngine):
     async def start(self) -> EngineInfo:
         await asyncio.sleep(1000)
