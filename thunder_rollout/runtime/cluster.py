@@ -24,10 +24,11 @@ from thunder_rollout.errors import ConfigError, WeightsRefused
 from thunder_rollout.runtime.actor import RemoteScheduler, create_scheduler_actor
 from thunder_rollout.runtime.aio import task_group
 from thunder_rollout.runtime.config import RayConfig
+from thunder_rollout.runtime.episode import grader_names
 from thunder_rollout.runtime.fleet import EngineFleet
 from thunder_rollout.runtime.store import RunStore, SampleKey
 from thunder_rollout.runtime.weights import UpdateReport, Weights, WeightsFolder
-from thunder_rollout.runtime.worker import SampleOutcome, WorkerConfig, grader_names, program_name
+from thunder_rollout.runtime.worker import SampleOutcome, WorkerConfig, program_name
 from thunder_rollout.runtime.worker_actor import RemoteWorker, WorkerDied, create_worker
 from thunder_rollout.sandbox.actor import create_sandbox_fleet
 from thunder_rollout.sandbox.remote import RemoteSandboxHosts

@@ -124,7 +124,7 @@ async def play(
     store = RunStore(folder)
     store.open("{}")
     worker = RolloutWorker("w", config, ChatFormat(TOKENIZER), LocalScheduler(service), {"e": engine}, sandboxes, store)
-    worker._turns_of_episodes.extend(earlier_turns)
+    worker._player.turns_of_episodes.extend(earlier_turns)
     outcome = await worker.run(TASK, SampleKey(TASK.instance_id, 0), 0)
     await service.stop()
     return outcome, store, sandboxes, engine
