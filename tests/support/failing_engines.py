@@ -70,9 +70,12 @@ class Run:
 
 @asynccontextmanager
 async def supervised_run(
-    num_engines: int = 2, make: Callable[[], Engine] = lambda: FakeEngine(CONFIG), config: EngineConfig = SUPERVISED
+    num_engines: int = 2,
+    make: Callable[[], Engine] = lambda: FakeEngine(CONFIG),
+    config: EngineConfig = SUPERVISED,
+    make_host: type[LocalHost] = LocalHost,
 ) -> AsyncIterator[Run]:
-    hosts = {f"engine{i}": LocalHost(make, config) for i in range(num_engines)}
+    hosts = {f"engine{i}": make_host(make, config) for i in range(num_engines)}
     service = SchedulerService(SchedulerConfig(policy="adaptive"), clock=asyncio.get_running_loop().time)
     await service.start()
     supervisors = {

@@ -97,6 +97,9 @@ class WaitMeter:
     async def post(self, event: Event) -> None:
         await self._scheduler.post(event)
 
+    async def until_down(self, backend: str, generation: int) -> None:
+        await self._scheduler.until_down(backend, generation)
+
     async def close(self, program: str, *, reason: str | None = None) -> None:
         await self._scheduler.close(program, reason=reason)
 

@@ -17,15 +17,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from thunder_rollout.engine.cache_report import CacheChanges
+from thunder_rollout.engine.giving_up import unless
 from thunder_rollout.engine.protocol import Engine, EngineInfo, EngineStats, GenerateRequest, Generation
 from thunder_rollout.engine.result_check import what_is_wrong
 from thunder_rollout.engine.weights import UpdateMode, WeightSource
 from thunder_rollout.errors import EngineDied
-
-_ABORT_WAIT_S = 5.0  # for an engine to take note of an abort; one that hangs never does
 
 
 class EngineHost:
@@ -44,9 +43,9 @@ class EngineHost:
 
     @property
     def engine(self) -> Engine:
-        """The engine that serves; raises `EngineDied` where none does."""
+        """The engine that serves; raises `EngineDied`, which blames nobody, where none does."""
         if self._dead is not None or self._engine is None:
-            raise self._dead or EngineDied("the engine was not started")
+            raise EngineDied(str(self._dead))
         return self._engine
 
     async def start(self) -> EngineInfo:
@@ -95,19 +94,12 @@ class EngineHost:
     async def _unless_it_dies(self, work: Coroutine[Any, Any, Any], request_id: str | None) -> Any:
         """The result of what the engine does, of its turn `request_id` or another; raises `EngineDied` as
         soon as the engine is known to be dead."""
-        task = asyncio.create_task(work)
-        task.add_done_callback(_retrieve)
-        died = asyncio.create_task(self._died.wait())
-        try:
-            await asyncio.wait([task, died], return_when=asyncio.FIRST_COMPLETED)
-            if task.done():
-                return task.result()
-            assert self._dead is not None
-            raise EngineDied(str(self._dead), by_turn=self._dead.by_turn and request_id in self._gate.running)
-        finally:
-            for each in (task, died):
-                each.cancel()
-            await asyncio.wait([task, died], timeout=_ABORT_WAIT_S)
+        return await unless(self._until_dead(request_id), work)
+
+    async def _until_dead(self, request_id: str | None) -> NoReturn:
+        await self._died.wait()
+        assert self._dead is not None
+        raise EngineDied(str(self._dead), by_turn=self._dead.by_turn and request_id in self._gate.running)
 
     async def _generate(self, engine: Engine, request: GenerateRequest) -> Generation:
         async with self._gate.turn(request.request_id, alone=request.suspect):
@@ -141,12 +133,6 @@ class EngineHost:
         self._declare_dead(why)
         if self._engine is not None:
             await self._engine.stop()
-
-
-def _retrieve(task: asyncio.Task[Any]) -> None:
-    """Where the engine was declared dead nobody asks how else its work ended."""
-    if not task.cancelled():
-        task.exception()
 
 
 class _TurnGate:

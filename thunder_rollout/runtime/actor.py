@@ -14,6 +14,7 @@ from thunder_rollout.errors import InfrastructureFailure
 from thunder_rollout.observe.metrics import MetricsSnapshot
 from thunder_rollout.observe.trace import TraceWriter
 from thunder_rollout.remote import remote_call
+from thunder_rollout.runtime.aio import SharedWaits
 from thunder_rollout.runtime.service import Grant, SchedulerService
 from thunder_rollout.sandbox.protocol import SandboxSpec
 from thunder_rollout.sandbox.remote import FleetHandles, RemoteSandboxHosts
@@ -57,6 +58,9 @@ class SchedulerActor:
     async def close(self, program: str, reason: str | None) -> None:
         self._service.close(program, reason=reason)
 
+    async def until_down(self, backend: str, generation: int) -> None:
+        await self._service.until_down(backend, generation)
+
     async def owner_died(self, owner: str) -> None:
         self._service.owner_died(owner)
 
@@ -77,6 +81,7 @@ class RemoteScheduler:
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
+        self._downs = SharedWaits[tuple[str, int]]()
 
     async def start(self) -> None:
         await self._call(self._handle.start.remote())
@@ -100,6 +105,13 @@ class RemoteScheduler:
 
     async def close(self, program: str, *, reason: str | None = None) -> None:
         await self._call(self._handle.close.remote(program, reason))
+
+    async def until_down(self, backend: str, generation: int) -> None:
+        """One call for all that wait for the same here: every turn in flight does."""
+        await self._downs.wait((backend, generation), lambda: self._until_down(backend, generation))
+
+    async def _until_down(self, backend: str, generation: int) -> None:
+        await self._call(self._handle.until_down.remote(backend, generation))
 
     async def owner_died(self, owner: str) -> None:
         await self._call(self._handle.owner_died.remote(owner))

@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from thunder_rollout.agent.loop import TurnResult
 from thunder_rollout.agent.trajectory import WeightSegment
@@ -26,11 +26,14 @@ from thunder_rollout.core.events import (
     TurnEnded,
     TurnRequested,
 )
+from thunder_rollout.engine.giving_up import unless
 from thunder_rollout.engine.hashing import BlockHasher
 from thunder_rollout.engine.protocol import Engine, GenerateRequest, Generation, Sampling
 from thunder_rollout.errors import BadEvent, EngineDied, EngineFailed, RequestPoisoned
 from thunder_rollout.runtime.service import Grant, SchedulerService
 from thunder_rollout.sandbox.protocol import SandboxSpec
+
+LAST_WORD_S = 2.0  # for a turn to hear from its engine, once the scheduler knows that it is down
 
 
 class SchedulerPort(Protocol):
@@ -39,6 +42,9 @@ class SchedulerPort(Protocol):
     async def admit(self, event: TurnRequested) -> Grant: ...
 
     async def post(self, event: Event) -> None: ...
+
+    async def until_down(self, backend: str, generation: int) -> None:
+        """Returns once the turns granted there have to be asked again."""
 
     async def close(self, program: str, *, reason: str | None = None) -> None: ...
 
@@ -60,6 +66,9 @@ class LocalScheduler:
 
     async def report(self, stats: BackendStats) -> bool:
         return self._service.report(stats)
+
+    async def until_down(self, backend: str, generation: int) -> None:
+        await self._service.until_down(backend, generation)
 
     async def close(self, program: str, *, reason: str | None = None) -> None:
         self._service.close(program, reason=reason)
@@ -114,8 +123,9 @@ class ProgramClient:
     """One program from open to close, as an async context manager; the agent loop's `ModelClient`.
 
     `block_size` makes it send block hashes with each request (policies that look at prefixes). A
-    turn whose engine dies is asked again, from the same ids. So is one that is cut from outside (for new
-    weights): from what it has if `keep_cut_output`, else from its prompt.
+    turn whose engine dies is asked again, from the same ids, also where only the scheduler knows of the
+    death (a node that is gone answers nobody, and Ray takes its time to say so). So is one that is cut
+    from outside (for new weights): from what it has if `keep_cut_output`, else from its prompt.
 
     Poison: a turn that may have brought an engine down (`EngineDied.by_turn`: it ran while the engine
     failed at its work or hung, or its own result was nonsense) runs alone when it is asked again; one
@@ -213,7 +223,7 @@ class ProgramClient:
 
     async def _generate(self, grant: Grant, request: GenerateRequest) -> Generation:
         try:
-            generation = await self._engines[grant.backend].generate(request)
+            generation = await unless(self._until_void(grant), self._engines[grant.backend].generate(request))
         except EngineDied:
             raise
         except BaseException:
@@ -232,6 +242,12 @@ class ProgramClient:
             )
         )
         return generation
+
+    async def _until_void(self, grant: Grant) -> NoReturn:
+        """A dead engine's own word comes first where it has one: it says whether the turn may be the cause."""
+        await self._scheduler.until_down(grant.backend, grant.generation)
+        await asyncio.sleep(LAST_WORD_S)
+        raise EngineDied(f"{grant.backend} is down and says nothing")
 
     async def _report_dead(self, grant: Grant, error: EngineDied) -> None:
         down = BackendDown(backend=grant.backend, generation=grant.generation, reason=str(error), returning=True)

@@ -84,6 +84,8 @@ class SchedulerService:
         self._places = Places()
         self._live_backends: dict[str, int] = {}  # generation
         self._returning: set[str] = set()  # down, and a restart may come
+        self._lost: dict[str, int] = {}  # the newest generation that went down and is to return
+        self._a_loss = asyncio.Event()
         self._no_engine: str | None = None  # why the last backend is gone
         self._tasks: set[asyncio.Task[None]] = set()
         self._ticker: asyncio.Task[None] | None = None
@@ -161,6 +163,12 @@ class SchedulerService:
         except BadEvent:
             self._owners.pop(program, None)
             self._specs.pop(program, None)
+
+    async def until_down(self, backend: str, generation: int) -> None:
+        """Returns once the turns granted there have to be asked again: that generation of the backend, or
+        a later one, was lost. One that leaves is not lost; its turns may finish."""
+        while self._lost.get(backend, -1) < generation:
+            await self._a_loss.wait()
 
     def owner_died(self, owner: str) -> None:
         """End every program that `owner` (a worker) ran."""
@@ -253,6 +261,10 @@ class SchedulerService:
         if self._live_backends.get(event.backend) == event.generation:
             del self._live_backends[event.backend]
             self._returning.add(event.backend)
+        if event.returning:
+            self._lost[event.backend] = event.generation
+            self._a_loss.set()
+            self._a_loss = asyncio.Event()
         if event.returning or event.backend in self._live_backends:
             return
         self._returning.discard(event.backend)

@@ -151,6 +151,22 @@ def test_turns_that_ran_are_blamed_only_where_they_may_be_the_cause(fault: str, 
     assert run_in_virtual_time(main()) == [blamed, False]
 
 
+async def test_a_turn_that_comes_after_the_crash_is_not_blamed_for_it() -> None:
+    engine = FakeEngine(CONFIG)
+    host = EngineHost(lambda: engine, hang_s=5.0)
+    await host.start()
+    ran = asyncio.create_task(run(host, new_prompt(100), max_tokens=1500))
+    await asyncio.sleep(0.1)
+    engine.die(by_turn=True)
+    with pytest.raises(EngineDied) as caught:
+        await ran
+    assert caught.value.by_turn
+    with pytest.raises(EngineDied) as caught:
+        await run(host, new_prompt(100))
+    assert not caught.value.by_turn
+    await host.stop()
+
+
 def test_an_idle_engine_never_hangs() -> None:
     async def main() -> None:
         host = make_host()

@@ -138,6 +138,25 @@ async def test_when_the_last_backend_dies_waiters_hear_of_it(make_service):
         await waiting
 
 
+async def test_turns_of_a_backend_that_is_lost_are_told_and_those_of_one_that_leaves_are_not(make_service):
+    service = await make_service()
+    service.handle(BackendUp(backend="e1", generation=3, capacity_tokens=10_000, max_running=8))
+    lost, leaves = (asyncio.create_task(service.until_down(*where)) for where in (("e0", 0), ("e1", 3)))
+    await settle()
+    service.handle(BackendDown(backend="e1", generation=3, reason="it leaves the run"))
+    await settle()
+    assert not lost.done()
+    service.handle(BackendDown(backend="e0", generation=0, reason="killed", returning=True))
+    await lost
+    await service.until_down("e0", 0)
+    next_one = asyncio.create_task(service.until_down("e0", 1))
+    await settle()
+    assert not next_one.done()
+    assert not leaves.done()
+    for task in (next_one, leaves):
+        task.cancel()
+
+
 async def test_while_a_backend_may_return_waiters_wait(make_service):
     service = await make_service()
     for name in ("a", "b", "c"):
