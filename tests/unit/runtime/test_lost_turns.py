@@ -64,12 +64,11 @@ def test_turns_on_a_node_that_is_gone_move_as_soon_as_the_supervisor_has_missed_
 
 def test_a_turn_on_an_engine_that_leaves_may_finish_there() -> None:
     async def main() -> str:
-        async with supervised_run(1) as run:
-            async with run.client("p") as client:
-                turn = asyncio.create_task(client.turn([1, 2, 3], Sampling(max_tokens=500, ignore_eos=True)))
-                await asyncio.sleep(0.1)
-                run.service.handle(BackendDown(backend="engine0", generation=0, reason="it leaves the run"))
-                return (await turn).backend
+        async with supervised_run(1) as run, run.client("p") as client:
+            turn = asyncio.create_task(client.turn([1, 2, 3], Sampling(max_tokens=500, ignore_eos=True)))
+            await asyncio.sleep(0.1)
+            run.service.handle(BackendDown(backend="engine0", generation=0, reason="it leaves the run"))
+            return (await turn).backend
 
     assert run_in_virtual_time(main()) == "engine0"
 
