@@ -56,5 +56,8 @@ setup(
             "types-PyYAML",
         ],
     },
-    entry_points={"console_scripts": ["thunder-rollout = thunder_rollout.cli:main"]},
+    entry_points={
+        "console_scripts": ["thunder-rollout = thunder_rollout.cli:main"],
+        "verl.plugins": ["thunder_rollout_cpu = thunder_rollout.verl_adapter.cpu"],
+    },
 )
