@@ -28,14 +28,23 @@ _STOPPED = 130
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the console script; always exits."""
-    parser = argparse.ArgumentParser(prog="thunder-rollout", description=__doc__.split("\n")[0] if __doc__ else "")
-    parser.add_argument("--version", action="version", version=f"thunder-rollout {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for name, (text, _) in _COMMANDS.items():
-        commands.add_parser(name, help=text, add_help=False)
-    args, overrides = parser.parse_known_args(argv)
+    args, overrides = _parser().parse_known_args(argv)
     sys.argv = [f"thunder-rollout {args.command}", *overrides]
     sys.exit(_COMMANDS[args.command][1]())
+
+
+def _parser() -> argparse.ArgumentParser:
+    """`tasks to-verl` is the command `to-verl` of the group `tasks`."""
+    parser = argparse.ArgumentParser(prog="thunder-rollout", description=__doc__.split("\n")[0] if __doc__ else "")
+    parser.add_argument("--version", action="version", version=f"thunder-rollout {__version__}")
+    groups = {"": parser.add_subparsers(required=True, metavar="command")}
+    for command, (text, _) in _COMMANDS.items():
+        group, _, name = command.rpartition(" ")
+        if group not in groups:
+            about = groups[""].add_parser(group, help=f"{group} {name}: {text}")
+            groups[group] = about.add_subparsers(required=True, metavar="command")
+        groups[group].add_parser(name, help=text, add_help=False).set_defaults(command=command)
+    return parser
 
 
 def _rollout() -> int:
@@ -145,6 +154,17 @@ def _make_tasks() -> int:
     return _hydra_main("make_tasks", MakeTasksConfig, task)
 
 
+def _to_verl() -> int:
+    from thunder_rollout.tasks.to_verl import ToVerlConfig, write_verl_files
+
+    def task(config: ToVerlConfig, raw: DictConfig) -> int:
+        for path, num_rows in write_verl_files(config).items():
+            print(f"written: {num_rows} tasks to {path}")
+        return 0
+
+    return _hydra_main("to_verl", ToVerlConfig, task)
+
+
 def _hydra_main(name: str, cls: type[T], task: Callable[[T, DictConfig], int]) -> int:
     """Run `task` on `conf/<name>.yaml` under hydra (overrides, --multirun, --cfg job), with our errors as
     plain messages. Returns the worst exit code of the jobs; Ctrl-C ends them all."""
@@ -208,6 +228,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[], int]]] = {
     "bench-core": ("measure what the scheduler's decisions cost at the size of a fleet", _bench_core),
     "simulate": ("compare policies in virtual time, beside their bounds", _simulate),
     "make-tasks": ("inject bugs into a package and keep those that its tests notice, as tasks", _make_tasks),
+    "tasks to-verl": ("tasks as parquet files for verl's trainer (task=file task.path=..., out=FOLDER)", _to_verl),
     "calibrate": ("measure an engine and write its profile for simulate", _calibrate),
 }
 

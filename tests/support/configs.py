@@ -11,6 +11,7 @@ from thunder_rollout.bench.config import BenchConfig, BenchCoreConfig
 from thunder_rollout.config import RolloutConfig, compose_config, conf_dir, to_typed
 from thunder_rollout.runtime.make_tasks import MakeTasksConfig
 from thunder_rollout.sim.config import CalibrateConfig, SimulateConfig
+from thunder_rollout.tasks.to_verl import ToVerlConfig
 
 TOP_LEVEL = {
     "rollout": RolloutConfig,
@@ -19,6 +20,7 @@ TOP_LEVEL = {
     "simulate": SimulateConfig,
     "calibrate": CalibrateConfig,
     "make_tasks": MakeTasksConfig,
+    "to_verl": ToVerlConfig,
 }
 MANDATORY = "???"
 
