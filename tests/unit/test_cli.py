@@ -56,7 +56,7 @@ def test_a_misspelt_override_is_named(refused):
 
 
 def test_a_command_of_a_group_names_its_field(refused):
-    assert "validation_share=2: must be" in refused("tasks", "to-verl", "validation_share=2")
+    assert "validation_share=2.0: must be from 0 to 1" in refused("tasks", "to-verl", "validation_share=2")
 
 
 def test_a_misspelt_group_option_is_named_with_the_choices(refused):
