@@ -39,7 +39,7 @@ class ChatFormat:
 
     def initial_ids(self, system: str, user: str) -> list[int]:
         """The first prompt: system and user message, ready for the assistant to speak."""
-        user = self._escape(user)
+        user = self.escape(user)
         messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
         if not system or not self._has_system_role():
             messages = [{"role": "user", "content": f"{system}\n\n{user}" if system else user}]
@@ -51,12 +51,18 @@ class ChatFormat:
         `ended` says that the turn before already closed itself with `end_id`; a turn that was cut
         short is closed here, as context. Special tokens inside `text` are defused.
         """
-        ids = self._encode(self._turn_end + self._escape(text) + self._generation_prompt)
+        ids = self._encode(self._turn_end + self.escape(text) + self._generation_prompt)
         return ids[1:] if ended else ids
 
     def decode(self, token_ids: list[int]) -> str:
         """Text of produced ids without special tokens, for reading actions only."""
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        return text
+
+    def escape(self, text: str) -> str:
+        """`text` with its special tokens defused: as written by others it must not steer the conversation."""
+        for token in self._special:
+            text = text.replace(token, f"{token[0]} {token[1:]}")
         return text
 
     def _render(self, messages: list[dict[str, str]]) -> str:
@@ -66,11 +72,6 @@ class ChatFormat:
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
         return ids
-
-    def _escape(self, text: str) -> str:
-        for token in self._special:
-            text = text.replace(token, f"{token[0]} {token[1:]}")
-        return text
 
     def _has_system_role(self) -> bool:
         marked = [{"role": "system", "content": "@SYSTEM@"}, {"role": "user", "content": _USER}]

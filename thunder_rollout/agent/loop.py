@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from thunder_rollout.agent.actions import Malformed, format_observation, parse_action
-from thunder_rollout.agent.chat import ChatFormat
 from thunder_rollout.agent.config import AgentConfig
 from thunder_rollout.agent.trajectory import EndReason, Trajectory, TurnRecord, WeightSegment
 from thunder_rollout.engine.protocol import Generation, Sampling
@@ -38,6 +37,19 @@ def in_one_piece(generation: Generation, *, backend: str, queue_s: float, engine
     return TurnResult(generation=generation, weights=[segment], backend=backend, queue_s=queue_s, engine_s=engine_s)
 
 
+class Chat(Protocol):
+    """A conversation as token ids; `ChatFormat` says what each means."""
+
+    @property
+    def end_id(self) -> int: ...
+
+    def initial_ids(self, system: str, user: str) -> list[int]: ...
+
+    def observation_ids(self, text: str, *, ended: bool) -> list[int]: ...
+
+    def decode(self, token_ids: list[int]) -> str: ...
+
+
 class ModelClient(Protocol):
     """One program's way to the engines, under whichever scheduler."""
 
@@ -56,7 +68,7 @@ class AgentLoop:
     `on_turn` hears of every finished turn.
     """
 
-    chat: ChatFormat
+    chat: Chat
     config: AgentConfig
     sampling: Sampling
     max_model_len: int

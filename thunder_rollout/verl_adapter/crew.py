@@ -1,0 +1,94 @@
+"""What the agent loops of one process share: the model's client and chat, and where episodes are played."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from thunder_rollout.agent.chat import ChatFormat
+from thunder_rollout.errors import ConfigError, InfrastructureFailure, SandboxFailed
+from thunder_rollout.runtime.episode import EpisodePlayer, EpisodeSettings, SandboxSource
+from thunder_rollout.sandbox.remote import RemoteSandboxHosts
+from thunder_rollout.tasks.task import Task
+from thunder_rollout.verl_adapter.client import RoutedClient
+from thunder_rollout.verl_adapter.hub import RemoteHub
+from thunder_rollout.verl_adapter.settings import SweSettings
+from thunder_rollout.verl_adapter.versions import require_tested_verl
+
+
+class SandboxHosts(SandboxSource, Protocol):
+    async def release(self, program: str) -> None:
+        """Give up the program's sandbox, if it has one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """Sandbox hosts that run, and the player on them. `backend` is docker or local."""
+
+    hosts: SandboxHosts
+    player: EpisodePlayer
+    backend: str
+
+
+class Stages(Protocol):
+    async def stage(self, task: Task) -> Stage:
+        """The one there is, or a new one, fit for `task`. Raises `ConfigError`, `SandboxFailed`."""
+
+    def failed(self, failure: InfrastructureFailure) -> None:
+        """An attempt at an episode failed so."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Crew:
+    settings: SweSettings
+    client: RoutedClient
+    chat: ChatFormat
+    stages: Stages
+
+
+class HubStages:
+    """On the hosts of the job's hub."""
+
+    def __init__(self, settings: SweSettings) -> None:
+        self._settings = settings
+        self._hub: RemoteHub | None = None
+        self._stage: Stage | None = None
+        self._setting_up = asyncio.Lock()
+
+    async def stage(self, task: Task) -> Stage:
+        async with self._setting_up:
+            if self._stage is None:
+                self._stage = await self._set_up(task.image)
+            stage = self._stage
+        if stage.backend == "local" and not task.self_contained:
+            raise ConfigError(
+                f"settings.sandbox.backend: task {task.instance_id} needs its Docker image, and no Docker engine is "
+                "used; start Docker on every node"
+            )
+        return stage
+
+    def failed(self, failure: InfrastructureFailure) -> None:
+        if self._hub is not None:
+            self._hub.count_failure(failure.kind)
+        if isinstance(failure, SandboxFailed):
+            self._stage = None  # the hub may have died, and others have started another
+
+    async def _set_up(self, image: str) -> Stage:
+        settings = self._settings
+        self._hub = RemoteHub(settings.sandbox)
+        fleet = await self._hub.fleet([image])
+        hosts = RemoteSandboxHosts(fleet.handles)
+        episodes = EpisodeSettings(
+            run=fleet.run,
+            limits=settings.sandbox.limits,
+            grading=settings.grading,
+            grading_attempts=settings.max_attempts,
+        )
+        return Stage(hosts=hosts, player=EpisodePlayer(episodes, hosts), backend=fleet.backend)
+
+
+def make_crew(settings: SweSettings, client: Any, tokenizer: Any) -> Crew:
+    """`client` is verl's server client. Raises `UnsupportedVerl`."""
+    require_tested_verl()
+    return Crew(settings=settings, client=RoutedClient(client), chat=ChatFormat(tokenizer), stages=HubStages(settings))
