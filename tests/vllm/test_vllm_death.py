@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from tests.support.engine_contract import CONFIG, new_prompt, run
+from thunder_rollout.engine.host import EngineHost
 from thunder_rollout.engine.random_model import write_preset
 from thunder_rollout.engine.vllm import VllmEngine
 from thunder_rollout.errors import EngineDied
@@ -72,6 +73,25 @@ async def test_a_dead_engine_core_is_an_engine_died(model: Path) -> None:
     finally:
         await engine.stop()
     await engine.stop()
+
+
+async def test_a_worker_process_that_is_killed_blames_no_turn(model: Path) -> None:
+    engine = VllmEngine(replace(CONFIG, model=str(model), distributed_executor_backend="mp"))
+    host = EngineHost(lambda: engine, hang_s=20.0)
+    before = engine_processes()
+    await host.start()
+    try:
+        turns = [asyncio.create_task(run(host, new_prompt(100), max_tokens=1500)) for _ in range(2)]
+        await asyncio.sleep(0.5)
+        (core,) = engine._engine.engine_core.resources.engine_manager.processes
+        (worker,) = psutil.Process(core.pid).children()
+        worker.kill()
+        async with asyncio.timeout(30):
+            failures = await asyncio.gather(*turns, return_exceptions=True)
+        assert all(isinstance(failure, EngineDied) and not failure.by_turn for failure in failures), failures
+    finally:
+        await host.stop()
+    assert not engine_processes() - before
 
 
 async def test_a_cancelled_start_leaves_nothing(model: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from thunder_rollout.core.events import FinishReason
 from thunder_rollout.engine.cache_report import CacheChanges
 from thunder_rollout.engine.config import EngineConfig, check_model_folder
+from thunder_rollout.engine.exit_codes import ended_from_outside
 from thunder_rollout.engine.kv_events import KvEvents
 from thunder_rollout.engine.protocol import EngineInfo, EngineStats, GenerateRequest, Generation
 from thunder_rollout.engine.request_check import RequestLimits, check_request
@@ -37,7 +38,6 @@ from thunder_rollout.errors import ConfigError, EngineDied, EngineFailed, Reques
 logger = logging.getLogger(__name__)
 
 _SEE_LOG = "the cause is in Ray's logs (of this machine's newest cluster: /tmp/ray/session_latest/logs)"
-_ENDED_FROM_OUTSIDE = (0, -signal.SIGTERM, -signal.SIGKILL)
 _EXIT_WAIT_S, _EXIT_POLL_S = 5.0, 0.1  # a core that failed says so before it exits
 _STOP_GRACE_S = 1.0  # an engine has nothing to save; its processes are killed after this
 
@@ -173,8 +173,8 @@ class VllmEngine:
         return self._engine
 
     async def _death(self) -> EngineDied:
-        """Why the engine core is gone, by its exit code: it failed at its work, unless a signal ended it that
-        only comes from outside (SIGKILL is also the kernel's, for want of memory)."""
+        """Why the engine core is gone, by its exit code, which is also that of a worker process that was killed
+        (`engine.vllm_executor`)."""
         if self._stopped:
             return EngineDied(f"engine {self._config.model} was stopped")
         for _ in range(round(_EXIT_WAIT_S / _EXIT_POLL_S)):
@@ -185,7 +185,7 @@ class VllmEngine:
             why = "gave up"
         else:
             why = f"exited with code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
-        return EngineDied(f"engine {self._config.model} {why}; {_SEE_LOG}", by_turn=code not in _ENDED_FROM_OUTSIDE)
+        return EngineDied(f"engine {self._config.model} {why}; {_SEE_LOG}", by_turn=not ended_from_outside(code))
 
     async def _load_weights(self, engine: Any, folder: str, version: str) -> None:
         """No turn is inside. Anything that fails here leaves weights that no turn may see."""
