@@ -3,15 +3,19 @@
 import signal
 import time
 
+import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
 from tests.support import cli
 from tests.support.killing import GONE_WITHIN_S, local_leftovers, seconds_until_none
 from thunder_rollout.config import load_rollout_config
+from thunder_rollout.core.decisions import Restore
+from thunder_rollout.core.events import BackendDown, ProgramEnded, TurnEnded, TurnRequested
 from thunder_rollout.core.scheduler import Scheduler
 from thunder_rollout.engine.random_model import write_preset
 from thunder_rollout.observe.trace import read_trace
+from thunder_rollout.runtime.client import LAST_WORD_S
 from thunder_rollout.runtime.store import RunStore
 
 KEYS = {
@@ -163,8 +167,8 @@ def test_engines_that_are_killed_serve_again_and_no_sample_is_lost(args, tmp_pat
 
 @pytest.mark.timeout(500)
 def test_nodes_join_and_die_with_their_engines_while_a_rollout_runs(args, tmp_path):
-    """Engines of four GPUs (Ray takes our word for them) on nodes of four. Nobody waits until Ray has noticed
-    that a node is dead: half a minute and more."""
+    """Engines of four GPUs (Ray takes our word for them) on nodes of four. The dying node falls silent, as one
+    without power or network does; nobody waits until Ray has noticed, half a minute later."""
     node = {"num_cpus": 1, "num_gpus": 4}
     nodes = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
     try:
@@ -176,15 +180,36 @@ def test_nodes_join_and_die_with_their_engines_while_a_rollout_runs(args, tmp_pa
         second = nodes.add_node(**node)
         wait_for_trace(latest, process, '"BackendUp", "backend": "engine1", "generation": 0')
         wait_for_trace(latest, process, '"backend": "engine1", "generation": 0, "request"', times=20)
-        nodes.remove_node(second)
+        raylet = psutil.Process(second.all_processes["raylet"][0].process.pid)
+        for part in (raylet, *raylet.children(recursive=True)):
+            part.suspend()
         wait_for_trace(latest, process, '"BackendDown", "backend": "engine1", "generation": 0')
         output, _ = process.communicate(timeout=400)
         assert process.returncode == 0, output
         assert cli.summary(latest)["failures"] == {}
         cli.check_agreement(latest)
         assert {turn["backend"] for row in cli.rows(latest) for turn in row["turns"]} == {"engine0", "engine1"}
+        waits_s = waits_after_the_loss_of(latest, "engine1")
+        assert waits_s, "no turn was there when the node fell silent"
+        assert max(waits_s) < LAST_WORD_S + 5, waits_s
     finally:
         nodes.shutdown()
+
+
+def waits_after_the_loss_of(run_dir, backend):
+    """Of each program with a turn there when it was first lost, the seconds until it asked again."""
+    running, waits_s, lost_s = set(), {}, None
+    for now_s, event, decisions in read_trace(run_dir / "trace.jsonl"):
+        if lost_s is None:
+            running |= {d.program for d in decisions if isinstance(d, Restore) and d.backend == backend}
+            if isinstance(event, TurnEnded | ProgramEnded):
+                running.discard(event.program)
+            if isinstance(event, BackendDown) and event.backend == backend:
+                lost_s = now_s
+        elif isinstance(event, TurnRequested) and event.program in running:
+            waits_s.setdefault(event.program, now_s - lost_s)
+    assert waits_s.keys() == running
+    return list(waits_s.values())
 
 
 def wait_for_trace(run_dir, process, text, times=1):

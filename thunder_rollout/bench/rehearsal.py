@@ -91,6 +91,7 @@ async def stage(plan: CellPlan) -> AsyncIterator[tuple[LocalScheduler, dict[str,
                     capacity_tokens=info.capacity_tokens,
                     max_running=info.max_running,
                     block_size=info.block_size,
+                    releases=info.releases,
                 )
             )
         yield LocalScheduler(service), engines

@@ -96,7 +96,8 @@ class BackendUp:
 
     `block_size` is the tokens behind one hash of `TurnRequested.block_hashes`; without it, the power
     of two that the first hashed prompt's length allows. `offload_tokens` of KV are kept in host memory
-    as well, written through and least recently used first out; 0: there is no such tier.
+    as well, written through and least recently used first out; 0: there is no such tier. Where it
+    `releases`, what only programs that gave their KV up have in its cache goes before the rest.
     """
 
     backend: str
@@ -105,6 +106,7 @@ class BackendUp:
     max_running: int
     block_size: int | None = None
     offload_tokens: int = 0
+    releases: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -47,10 +47,11 @@ class PrefixTree:
 
     # Backends
 
-    def add_backend(self, backend: str, max_blocks: int) -> None:
-        """A new pool, or a new size for a known one."""
+    def add_backend(self, backend: str, max_blocks: int, *, releases: bool = False) -> None:
+        """A new pool, or a new size for a known one; where it `releases`, what only programs that left it
+        had there is the first to go."""
         pool = self._pools.setdefault(backend, Pool(backend, max_blocks))
-        pool.max_blocks = max_blocks
+        pool.max_blocks, pool.releases = max_blocks, releases
         self._evict(pool)
 
     def remove_backend(self, backend: str) -> None:
@@ -110,6 +111,8 @@ class PrefixTree:
                 self._count(run, path.backend, -1)
             if backend is not None:
                 self._count(run, backend, 1)
+        if path.backend is not None and (pool := self._pools[path.backend]).releases:
+            pool.left.append(path.run)
         path.backend = backend
 
     def num_blocks(self, program: str) -> int:
@@ -144,6 +147,9 @@ class PrefixTree:
     def start_turn(self, program: str, backend: str) -> None:
         """A turn of the program begins there: it uses the whole sequence until `end_turn`."""
         pool = self._pools[backend]
+        for run in pool.left:
+            pool.release(self._up(run, self._root))
+        pool.left.clear()
         pool.running[program] += 1
         pool.writing[program] += self.num_blocks(program) - self.held_blocks(program, backend)
         self.hold(program, backend)
@@ -157,18 +163,20 @@ class PrefixTree:
                 del pool.writing[program]
 
     def hold(self, program: str, backend: str, num_blocks: int | None = None) -> None:
-        """`backend` just used the leading `num_blocks` (default: all) of the program's sequence."""
+        """`backend` just used the leading `num_blocks` (default: all) of the program's sequence. Of one that
+        left a backend which releases, they are there and go first as before."""
         path = self._paths.get(program)
         if path is None:
             return
         pool = self._pools[backend]
         end = path.num_blocks
         limit = end if num_blocks is None else num_blocks
+        left = pool.releases and path.backend != backend
         for run in self._up(path.run, self._root):
             start = end - len(run.hashes)
             held = min(end, limit) - start
             if held > 0:
-                pool.use(run, held)
+                pool.use(run, held, left=left)
             end = start
         self._evict(pool)
 

@@ -3,18 +3,22 @@ engine reports its blocks, as that says.
 
 Belief: a run's leading blocks are held from their last use until the pool is full; then the least
 recently used go, a sequence's tail before its head, as engines do it. A turn's blocks count as held
-from its grant, and what must go for them as gone: whatever is admitted later is computed later.
+from its grant, and what must go for them as gone: whatever is admitted later is computed later. An
+engine that releases hears with the next turn who left it; what none of its programs has any more then
+goes first, what was left last before the rest.
 
 A report is compared with it, run by run, before it replaces it; the difference is the *drift*. Not
 counted is what turns in flight are yet to write, no more than their grants made them, and as many of the
-blocks believed gone for it. Without reports the belief stands alone.
+blocks believed gone for it. Of what no program has any more only the amount counts, not which of it is
+left: nobody asks for it, and an engine that releases gives it up in an order that depends on the moment.
+Without reports the belief stands alone.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import chain
 
 
@@ -33,18 +37,20 @@ class Run:
 
 
 class Pool:
-    """One backend's blocks. Invariants: `recent` are the runs with a mark above 0 in `held`, least recently
-    used first, and `num_held` is the sum of their marks; a mark of 0 is one of `_dropped`; `resident` are
+    """One backend's blocks. Invariants: `recent` are the runs with a mark above 0 in `held`, in the order in
+    which they go, and `num_held` is the sum of their marks; a mark of 0 is one of `_dropped`; `resident` are
     the hashes reported, None if not known."""
 
     __slots__ = (
         "_dropped",
         "_num_others",
+        "left",
         "max_blocks",
         "name",
         "num_held",
         "num_unique",
         "recent",
+        "releases",
         "resident",
         "running",
         "writing",
@@ -53,6 +59,8 @@ class Pool:
     def __init__(self, name: str, max_blocks: int) -> None:
         self.name = name
         self.max_blocks = max_blocks
+        self.releases = False
+        self.left: list[Run] = []  # where programs ended that left it since a turn began here
         self.num_unique = 0
         self.num_held = 0
         self.recent: OrderedDict[Run, None] = OrderedDict()
@@ -62,10 +70,18 @@ class Pool:
         self._num_others = 0  # blocks in use that no run names, at the last report: outputs, what isn't full
         self._dropped: dict[Run, None] = {}  # runs of which blocks were believed gone since the last report
 
-    def use(self, run: Run, num_blocks: int) -> None:
-        """The leading `num_blocks` of the run were just used."""
+    def use(self, run: Run, num_blocks: int, *, left: bool = False) -> None:
+        """The leading `num_blocks` of the run were just used, by a program that has `left` or by one that stays."""
+        is_new = run not in self.recent
         self._mark(run, max(num_blocks, run.held.get(self.name, 0)))
-        self.recent.move_to_end(run)
+        if is_new or not left:
+            self.recent.move_to_end(run, last=not left)
+
+    def release(self, runs: Iterable[Run]) -> None:
+        """A program that passed through these runs, deepest first, left: those that no other has go first."""
+        exclusive = [run for run in runs if run in self.recent and self.name not in run.bound]
+        for run in reversed(exclusive):
+            self.recent.move_to_end(run, last=False)
 
     @property
     def num_over(self) -> int:
@@ -98,6 +114,7 @@ class Pool:
             run.held.pop(self.name, None)
         self.recent.clear()
         self._dropped.clear()
+        self.left.clear()
         self.num_held = self._num_others = 0
         return runs
 
@@ -133,7 +150,7 @@ class Pool:
         order of use. Returns the blocks that belief was wrong about and the runs that are not kept any more.
         Costs a bisection for each run held, or dropped since the last report."""
         assert self.resident is not None
-        num_wrong, num_missed, num_unwritten, num_named = 0, 0, 0, 0
+        num_wrong = num_missed = num_orphans = num_unwritten = num_named = 0
         dropped, self._dropped = self._dropped, {}
         gone: list[Run] = []
         for run in (*self.recent, *(run for run in reversed(dropped) if run not in self.recent)):
@@ -144,18 +161,22 @@ class Pool:
                 if run in dropped:
                     self._dropped[run] = None
                 continue
-            num_wrong += max(0, believed - really)
-            num_missed += max(0, really - believed)
+            if run.num_programs:
+                num_wrong += max(0, believed - really)
+                num_missed += max(0, really - believed)
+            else:
+                num_orphans += believed - really
             self._mark(run, really)
             if really and not believed:
                 self.recent.move_to_end(run, last=False)
             elif not really:
                 gone.append(run)
         for run in spared:
-            if run in self.recent:
+            if run in self.recent and self.name in run.bound:
                 self.recent.move_to_end(run)
         self._num_others = len(self.resident) - num_named + len(self.running)
-        num_wrong += max(0, num_unwritten - sum(self.writing.values()))
+        num_wrong += max(0, num_orphans) + max(0, num_unwritten - sum(self.writing.values()))
+        num_missed += max(0, -num_orphans)
         return num_wrong + max(0, num_missed - num_unwritten), gone
 
     def _drop(self, run: Run) -> None:

@@ -101,6 +101,7 @@ class FakeEngine:
             max_model_len=self._limits.max_model_len,
             vocab_size=self._limits.vocab_size,
             model=self._name,
+            releases=self._releases,
         )
 
     async def generate(self, request: GenerateRequest) -> Generation:

@@ -71,7 +71,7 @@ class Generation:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
     """Read from the running engine, not from the configuration. `offload_tokens` of KV fit its tier in
-    host memory, 0: it has none."""
+    host memory, 0: it has none; it `releases` what it is told of (`GenerateRequest.released`)."""
 
     capacity_tokens: int
     block_size: int
@@ -80,6 +80,7 @@ class EngineInfo:
     vocab_size: int
     model: str
     offload_tokens: int = 0
+    releases: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -90,6 +90,7 @@ class VllmEngine:
             vocab_size=vllm_config.model_config.get_vocab_size(),
             model=self._config.model,
             offload_tokens=offload_tokens(vllm_config, self._config.kv_offload_gib),
+            releases=self._releases,
         )
 
     async def generate(self, request: GenerateRequest) -> Generation:

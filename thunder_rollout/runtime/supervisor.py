@@ -93,6 +93,7 @@ class EngineSupervisor:
                 max_running=self.info.max_running,
                 block_size=self.info.block_size,
                 offload_tokens=self.info.offload_tokens,
+                releases=self.info.releases,
             )
         )
 

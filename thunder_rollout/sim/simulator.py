@@ -115,6 +115,7 @@ class Simulation:
                     capacity_tokens=capacity,
                     max_running=setup.profile.max_running,
                     offload_tokens=setup.profile.host_tokens,
+                    releases=setup.profile.release_on_pause,
                 )
             )
         for slot in range(setup.num_slots):

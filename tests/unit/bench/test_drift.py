@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 
+import pytest
+
 from tests.support.failing_engines import SUPERVISED, supervised_run
 from thunder_rollout.bench.closed_loop import ClosedLoop
 from thunder_rollout.bench.config import WorkloadConfig
@@ -16,7 +18,6 @@ from thunder_rollout.runtime.service import SchedulerService
 
 CONFIG = replace(
     SUPERVISED,
-    release_on_pause=False,
     kv_cache_tokens=51_200,
     max_model_len=16_384,
     max_num_seqs=64,
@@ -34,13 +35,16 @@ async def watch(service: SchedulerService, drifts: list[float]) -> None:
             drifts.append(backend.drift_tokens / backend.capacity_tokens)
 
 
-def test_drift_is_under_2_percent_of_capacity_at_p95_when_overcommitted() -> None:
+@pytest.mark.parametrize("release_on_pause", [False, True])
+def test_drift_is_under_2_percent_of_capacity_at_p95_when_overcommitted(release_on_pause: bool) -> None:
+    config = replace(CONFIG, release_on_pause=release_on_pause)
+
     async def main() -> list[float]:
         drifts: list[float] = []
         workload = WorkloadConfig(name="short_tools")
         num_slots = round(4 * 2 * 51_200 / mean_context_tokens(workload))
         start = random_positions(workload, seed=0, num_slots=num_slots)
-        async with supervised_run(make=lambda: FakeEngine(CONFIG), config=CONFIG) as run:
+        async with supervised_run(make=lambda: FakeEngine(config), config=config) as run:
             loop = ClosedLoop(
                 workload, start, LocalScheduler(run.service), run.hosts,
                 name="drift", seed=0, vocab_size=500, block_size=CONFIG.block_size, send_hashes=True,

@@ -124,8 +124,13 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     # Backends
 
-    @rule(name=BACKENDS, capacity_tokens=st.integers(100, 2000), offload_tokens=st.sampled_from([0, 0, 300, 5000]))
-    def up(self, name: str, capacity_tokens: int, offload_tokens: int = 0) -> None:
+    @rule(
+        name=BACKENDS,
+        capacity_tokens=st.integers(100, 2000),
+        offload_tokens=st.sampled_from([0, 0, 300, 5000]),
+        releases=st.booleans(),
+    )
+    def up(self, name: str, capacity_tokens: int, offload_tokens: int = 0, releases: bool = False) -> None:
         generation = self.generations[name] = self.generations.get(name, 0) + 1
         self.send(
             BackendUp(
@@ -134,6 +139,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 capacity_tokens=capacity_tokens,
                 max_running=4,
                 offload_tokens=offload_tokens,
+                releases=releases,
             )
         )
 

@@ -177,11 +177,79 @@ def test_a_run_that_was_dropped_is_found_again_in_both_its_parts() -> None:
     assert (tree.held_blocks("p", "a"), tree.held_blocks("fork", "a")) == (4, 1)
 
 
+def releasing(max_blocks: int, **programs: tuple[int, ...]) -> PrefixTree:
+    """As `tree_of`, of an engine that releases and on which the programs are."""
+    tree = PrefixTree()
+    tree.add_backend("a", max_blocks, releases=True)
+    assert tree.report("a", (), whole=True) == 0
+    for name, hashes in programs.items():
+        tree.put(name, hashes)
+        tree.bind(name, "a")
+        run_turn(tree, name)
+    return tree
+
+
+def run_turn(tree: PrefixTree, program: str) -> None:
+    tree.start_turn(program, "a")
+    tree.end_turn(program, "a")
+
+
+def test_what_only_a_program_that_left_had_goes_first_from_the_next_turn_on() -> None:
+    tree = releasing(10, p=(1, 2, 3), q=(1, 12, 13), r=(1, 22, 23))
+    tree.bind("r", None)
+    tree.bind("q", None)
+    tree.put("s", (31, 32, 33, 34))
+    tree.bind("s", "a")
+    run_turn(tree, "s")
+    assert [tree.held_blocks(name, "a") for name in "pqrs"] == [3, 2, 3, 4], "the last to leave loses its tail"
+    tree.hold("q", "a", 3)
+    assert [tree.held_blocks(name, "a") for name in "pqrs"] == [3, 2, 3, 4], "its late news changes no order"
+    tree.put("s", (31, 32, 33, 34, 35, 36))
+    run_turn(tree, "s")
+    assert [tree.held_blocks(name, "a") for name in "pqrs"] == [3, 1, 2, 6], (
+        "then the one before; never what others have"
+    )
+
+
+def test_a_program_that_is_back_before_the_next_turn_has_not_left() -> None:
+    tree = releasing(6, p=(1, 2, 3), q=(11, 12, 13))
+    tree.bind("q", None)
+    tree.bind("q", "a")
+    tree.put("r", (21,))
+    tree.bind("r", "a")
+    run_turn(tree, "r")
+    assert [tree.held_blocks(name, "a") for name in "pqr"] == [2, 3, 1]
+
+
+def test_who_left_a_cache_that_is_void_since_means_nothing() -> None:
+    tree = releasing(6, p=(1, 2, 3), q=(11, 12, 13))
+    tree.bind("q", None)
+    tree.forget_held("a")
+    tree.hold("q", "a")
+    run_turn(tree, "p")
+    assert [tree.held_blocks(name, "a") for name in "pq"] == [3, 3]
+    tree.put("r", (21,))
+    tree.bind("r", "a")
+    run_turn(tree, "r")
+    assert [tree.held_blocks(name, "a") for name in "pqr"] == [3, 2, 1], "it is there for a program that is not"
+
+
+def test_which_of_the_blocks_that_nobody_has_are_left_does_not_count_but_how_many() -> None:
+    tree = tree_of(6, p=(1, 2, 3), q=(11, 12, 13))
+    tree.remove("p")
+    tree.remove("q")
+    tree.put("r", (21, 22))
+    tree.hold("r", "a")
+    assert tree.report("a", (1, 2, 3, 11, 21, 22)) == 0, "believed: one of p, three of q"
+    assert tree.report("a", (), (2, 3)) == 2
+
+
 STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("turn"), st.sampled_from("pqrs"), st.integers(1, 8)),
         st.tuples(st.just("end"), st.sampled_from("pqrs"), st.none()),
         st.tuples(st.just("remove"), st.sampled_from("pqrs"), st.none()),
+        st.tuples(st.just("bind"), st.sampled_from("pqrs"), st.sampled_from(["a", None])),
         st.tuples(st.just("report"), st.sets(st.integers(0, 5)), st.booleans()),
         st.tuples(st.just("forget"), st.none(), st.none()),
     ),
@@ -190,11 +258,13 @@ STEPS = st.lists(
 
 
 @settings(max_examples=300, deadline=None)
-@given(steps=STEPS)
-def test_after_a_report_belief_is_what_the_engine_holds(steps: list[tuple[str, object, object]]) -> None:
+@given(steps=STEPS, releases=st.booleans())
+def test_after_a_report_belief_is_what_the_engine_holds(
+    steps: list[tuple[str, object, object]], releases: bool
+) -> None:
     """Programs share their first two blocks; the engine holds any prefixes it likes."""
     tree = PrefixTree()
-    tree.add_backend("a", 12)
+    tree.add_backend("a", 12, releases=releases)
     sequences: dict[str, tuple[int, ...]] = {}
     resident: set[int] = set()
     for what, who, how in steps:
@@ -204,6 +274,8 @@ def test_after_a_report_belief_is_what_the_engine_holds(steps: list[tuple[str, o
             tree.start_turn(who, "a")
         elif what == "end" and who in tree._pools["a"].running:
             tree.end_turn(who, "a")
+        elif what == "bind" and who in sequences and who not in tree._pools["a"].running:
+            tree.bind(who, how)
         elif what == "remove" and who in sequences and who not in tree._pools["a"].running:
             tree.remove(who)
             del sequences[who]

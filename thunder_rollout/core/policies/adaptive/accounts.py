@@ -76,6 +76,7 @@ class BackendAccount:
     generation: int
     capacity_tokens: int
     offload_tokens: int  # of its host tier
+    releases: bool  # what released programs have goes first
     max_running: int
     model: PrefillModel
     clock: ServiceClock

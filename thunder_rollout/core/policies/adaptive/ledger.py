@@ -364,6 +364,7 @@ class Ledger:
                 generation=event.generation,
                 capacity_tokens=event.capacity_tokens,
                 offload_tokens=event.offload_tokens,
+                releases=event.releases,
                 max_running=event.max_running,
                 model=self._new_model(),
                 clock=clock,
@@ -373,7 +374,7 @@ class Ledger:
             old.lose_sight(self.tree)
             old.generation = event.generation
             old.capacity_tokens = event.capacity_tokens
-            old.offload_tokens = event.offload_tokens
+            old.offload_tokens, old.releases = event.offload_tokens, event.releases
             old.max_running = event.max_running
             old.refusal = None
         self._size_pool(self.backends[event.backend])
@@ -395,5 +396,5 @@ class Ledger:
             account.points = tuple(share * account.capacity_tokens for share in _POINTS)
             account.curve = [0.0] * len(_POINTS)
         max_blocks = account.capacity_tokens // self.block_size if self.block_size else _UNSIZED_BLOCKS
-        self.tree.add_backend(account.name, max_blocks)
+        self.tree.add_backend(account.name, max_blocks, releases=account.releases)
         self.tree.set_tier(account.name, account.offload_tokens // (self.block_size or 1))
