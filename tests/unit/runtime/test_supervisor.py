@@ -74,7 +74,9 @@ def test_the_scheduler_hears_what_an_engine_holds() -> None:
         return scheduler.events
 
     up, stats = run_in_virtual_time(main())
-    assert up == BackendUp(backend="e0", generation=0, capacity_tokens=4096, max_running=16, block_size=32)
+    assert up == BackendUp(
+        backend="e0", generation=0, capacity_tokens=4096, max_running=16, block_size=32, releases=True
+    )
     assert isinstance(stats, BackendStats)
     assert (stats.backend, stats.generation, stats.running, stats.waiting) == ("e0", 0, 1, 0)
     assert stats.used_tokens is not None
