@@ -13,19 +13,11 @@ from tests.support.killing import GONE_WITHIN_S, VICTIMS, seconds_until_gone
 from thunder_rollout.sandbox.config import SandboxConfig
 from thunder_rollout.sandbox.docker_engine import sweep_docker
 from thunder_rollout.sandbox.host import SandboxHost
-from thunder_rollout.sandbox.images import TOY_IMAGE, ensure_toy_image
+from thunder_rollout.sandbox.images import TOY_IMAGE
 from thunder_rollout.sandbox.protocol import SandboxSpec
 from thunder_rollout.sandbox.session import new_session
 
 RUN = f"test-leaks-{os.getpid()}"
-
-
-@pytest.fixture(scope="module")
-def client() -> Iterator[docker.DockerClient]:
-    client = docker.from_env(timeout=300)
-    ensure_toy_image(client)
-    yield client
-    client.close()
 
 
 def labelled(client: docker.DockerClient) -> list[str]:

@@ -19,17 +19,8 @@ from thunder_rollout.errors import ConfigError, SandboxFailed
 from thunder_rollout.sandbox.config import SandboxConfig, select_backend
 from thunder_rollout.sandbox.docker import DockerSandbox
 from thunder_rollout.sandbox.docker_engine import DockerEngine, sweep_docker
-from thunder_rollout.sandbox.images import ensure_toy_image
 
 RUN = f"test-docker-{os.getpid()}"
-
-
-@pytest.fixture(scope="module")
-def client() -> Iterator[docker.DockerClient]:
-    client = docker.from_env(timeout=300)
-    ensure_toy_image(client)
-    yield client
-    client.close()
 
 
 @pytest.fixture

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import docker
-import pytest
 
 from tests.support.tiny_package import write_distribution
 from thunder_rollout.runtime.make_tasks import MakeTasksConfig, run_make_tasks
 from thunder_rollout.sandbox.config import SandboxConfig
-
-
-@pytest.fixture
-def client() -> Iterator[docker.DockerClient]:
-    client = docker.from_env(timeout=300)
-    yield client
-    client.close()
 
 
 async def test_a_package_gets_an_image_and_its_tasks_are_valid(tmp_path: Path, client: docker.DockerClient) -> None:
