@@ -73,6 +73,7 @@ async def test_a_container_removed_from_outside_is_a_typed_error(
                 await running
             with pytest.raises(SandboxFailed):
                 await box.exec("true", timeout_s=5)
+        assert not await box.is_alive()
 
 
 async def test_many_start_and_run_at_once(make: MakeSandbox) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from thunder_rollout.errors import SandboxFailed
-from thunder_rollout.sandbox.protocol import Sandbox, SandboxLimits, SandboxSpec
+from thunder_rollout.sandbox.protocol import HostedSandbox, SandboxLimits, SandboxSpec
 
-MakeSandbox = Callable[[SandboxSpec], Sandbox]
+MakeSandbox = Callable[[SandboxSpec], HostedSandbox]
 
 LIMITS = SandboxLimits(memory_bytes=256 * 2**20, pids=64, disk_bytes=32 * 2**20, output_bytes=2000)
 SPEC = SandboxSpec(
@@ -27,7 +27,7 @@ SPEC = SandboxSpec(
 
 
 @asynccontextmanager
-async def started(make: MakeSandbox, spec: SandboxSpec = SPEC, **changes: Any) -> AsyncIterator[Sandbox]:
+async def started(make: MakeSandbox, spec: SandboxSpec = SPEC, **changes: Any) -> AsyncIterator[HostedSandbox]:
     sandbox = make(replace(spec, **changes))
     try:
         await sandbox.start()
@@ -168,11 +168,14 @@ async def test_a_failing_setup_or_missing_workdir_is_a_typed_error(make: MakeSan
 
 async def test_stop_is_idempotent_and_final(make: MakeSandbox) -> None:
     async with started(make) as box:
+        assert await box.is_alive()
         await asyncio.gather(box.stop(), box.stop())
         await box.stop()
+        assert not await box.is_alive()
         with pytest.raises(SandboxFailed):
             await box.exec("true", timeout_s=5)
     never_started = make(SPEC)
+    assert not await never_started.is_alive()
     await never_started.stop()
     with pytest.raises(SandboxFailed):
         await never_started.start()
@@ -193,6 +196,7 @@ async def test_it_ends_by_itself_after_its_time_to_live(make: MakeSandbox) -> No
         async with asyncio.timeout(15):
             with pytest.raises(SandboxFailed):
                 await box.exec("sleep 1000", timeout_s=1000)
+            assert not await box.is_alive()
 
 
 async def test_cancelling_a_command_kills_it(make: MakeSandbox) -> None:
@@ -217,7 +221,7 @@ async def test_cancelling_a_start_leaves_nothing(make: MakeSandbox) -> None:
         await sandbox.stop()
 
 
-async def count_processes(box: Sandbox, name: str) -> int:
+async def count_processes(box: HostedSandbox, name: str) -> int:
     """How many processes inside have this name; zombies, which PID 1 is about to reap, don't count."""
     script = (
         f"for s in /proc/[0-9]*/status; do grep -sqx 'Name:\\s*{name}' $s && ! grep -sq '^State:.Z' $s && echo; done"

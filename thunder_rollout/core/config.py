@@ -152,7 +152,7 @@ class SchedulerConfig:
     max_wait_s: float = 600.0  # after this in the queue nobody younger goes ahead
     lease_s: float | None = None  # a program silent for so long is terminated; longer than any turn or tool call
     max_staleness: int | None = None  # weight versions that a program's oldest token may lie behind the newest
-    prepare_ahead: int = 4  # waiting programs, in restore order, whose sandbox is prepared
+    prepare_ahead: int = 64  # at most so many waiting programs have a sandbox before their grant; 0: none has
     thunder: ThunderConfig = field(default_factory=ThunderConfig)
     adaptive: AdaptiveConfig = field(default_factory=AdaptiveConfig)
     capped: CappedConfig = field(default_factory=CappedConfig)

@@ -164,6 +164,14 @@ class SandboxFailed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SandboxStopped:
+    """The sandbox of a program that waits was put away: it takes seconds to have it back, which PrepareSandbox
+    asks for like a first start."""
+
+    program: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Tick:
     pass
 
@@ -184,5 +192,6 @@ Event = (
     | WeightsUpdated
     | SandboxReady
     | SandboxFailed
+    | SandboxStopped
     | Tick
 )

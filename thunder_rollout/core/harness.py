@@ -17,12 +17,13 @@ from thunder_rollout.core.events import (
     FinishReason,
     ProgramEnded,
     SandboxFailed,
+    SandboxStopped,
     Tick,
     TurnEnded,
     TurnRequested,
     Withdrawn,
 )
-from thunder_rollout.core.program import Phase, Program, Status
+from thunder_rollout.core.program import Phase, Program, SandboxNeed, Status
 from thunder_rollout.core.scheduler import Scheduler
 from thunder_rollout.core.state import State
 
@@ -43,6 +44,7 @@ class Harness:
         self.waiting: dict[str, str] = {}
         self.owed: set[str] = set()
         self._prepared: set[str] = set()
+        self._used: set[str] = set()  # those of them that were granted a turn since
         self._num_requests = 0
         for name, tokens in capacity_tokens.items():
             self.up(name, tokens)
@@ -111,6 +113,8 @@ class Harness:
                 self._drop(event.program, event.request)
             case SandboxFailed():
                 self._prepared.discard(event.program)
+            case SandboxStopped() if event.program in self._used:
+                self._prepared.discard(event.program)
             case BackendUp() | BackendDown():
                 void = self.scheduler._state.void_grants
                 self.grants = {grant: turn for grant, turn in self.grants.items() if grant not in void}
@@ -121,6 +125,7 @@ class Harness:
                 case Restore(request=str() as request, grant=int() as grant):
                     self.grants[grant] = (decision.program, request)
                     del self.waiting[request]
+                    self._used.add(decision.program)
                 case Reject():
                     del self.waiting[decision.request]
                 case Expire():
@@ -131,6 +136,8 @@ class Harness:
                 case PrepareSandbox():
                     assert decision.program not in self._prepared, "a sandbox is prepared once"
                     self._prepared.add(decision.program)
+                    if decision.program not in (holder for holder, _ in self.grants.values()):
+                        self._used.discard(decision.program)
                     self.owed.add(decision.program)
                 case ReleaseSandbox():
                     self.owed.remove(decision.program)
@@ -171,6 +178,7 @@ def check(state: State, now: float) -> None:
     assert in_places == sum(program.context_tokens for program in state.programs.values()), "tokens are conserved"
     assert sum(len(b.grants) for b in state.backends.values()) == sum(len(p.turns) for p in state.programs.values())
     _check_liveness(state, now)
+    _check_sandboxes(state, now)
 
 
 def _check_place(state: State, program: Program) -> None:
@@ -186,6 +194,16 @@ def _check_place(state: State, program: Program) -> None:
         assert places == [program.backend]
     assert not program.marked or program.turns, "a mark ends with the last turn"
     assert program.ran or program.has_open, "a program that left no trace is forgotten"
+
+
+def _check_sandboxes(state: State, now: float) -> None:
+    waiting = list(state.waiting(now))
+    unready = [program for program in waiting if program.awaits_sandbox]
+    assert list(state.unready.ordered(now)) == unready, "in restore order, like the queue"
+    assert state.prepared == {program.program_id for program in waiting if program.sandbox is SandboxNeed.PREPARED}
+    for program in state.programs.values():
+        assert program.backend is None or not program.turns or program.sandbox is not SandboxNeed.PREPARED
+        assert program.sandbox_issued or program.sandbox in (SandboxNeed.NONE, SandboxNeed.WANTED)
 
 
 def _check_liveness(state: State, now: float) -> None:

@@ -38,7 +38,8 @@ class Status(StrEnum):
 class SandboxNeed(StrEnum):
     NONE = "none"
     WANTED = "wanted"
-    PREPARED = "prepared"  # PrepareSandbox was issued and has not failed
+    PREPARED = "prepared"  # PrepareSandbox was issued, and its program waits for its grant
+    TAKEN = "taken"  # a turn was granted since
     FAILED = "failed"  # wanted again by the next request that acts in one
 
 
@@ -84,6 +85,8 @@ class Program:
         "program_id",
         "sandbox",
         "sandbox_issued",
+        "sandbox_issued_s",
+        "sandbox_was_stopped",
         "status",
         "task_kind",
         "tool",
@@ -108,6 +111,8 @@ class Program:
         self.oldest_weights: int | None = None  # number of the oldest weights that produced a token of its
         self.sandbox = SandboxNeed.NONE
         self.sandbox_issued = False  # PrepareSandbox was issued at least once
+        self.sandbox_issued_s: float | None = None  # when last, until it is ready
+        self.sandbox_was_stopped = False  # the one to prepare is there, and is to be had back
         self.tool: str | None = None
         self._settled_tokens = 0
         self._history: deque[str] = deque(maxlen=HISTORY_LENGTH)
@@ -136,6 +141,11 @@ class Program:
     def has_open(self) -> bool:
         """A request is pending or a turn in flight."""
         return bool(self.pending or self.turns)
+
+    @property
+    def awaits_sandbox(self) -> bool:
+        """Its next grant finds it without a sandbox, unless one is prepared before."""
+        return bool(self.pending) and self.sandbox in (SandboxNeed.WANTED, SandboxNeed.PREPARED)
 
     def is_open(self, request: str) -> bool:
         return request in self.pending or self.grant_of(request) is not None
@@ -197,6 +207,8 @@ class Program:
         self.turns[grant] = Turn(request=request, backend=self.backend, prompt_tokens=prompt_tokens)
         self.num_turns_admitted += 1
         self.acting_since_s = None
+        if self.sandbox is SandboxNeed.PREPARED:
+            self.sandbox = SandboxNeed.TAKEN
         self._changed(f"admit {request} as {grant}")
 
     def start_turn(self, grant: int) -> None:
@@ -234,14 +246,28 @@ class Program:
     def end_tool(self) -> None:
         self.tool = None
 
-    def sandbox_prepared(self) -> None:
+    def sandbox_prepared(self, now: float) -> None:
         self._require(self.sandbox is SandboxNeed.WANTED, "sandbox_prepared")
-        self.sandbox = SandboxNeed.PREPARED
+        self.sandbox = SandboxNeed.TAKEN if self.turns else SandboxNeed.PREPARED
         self.sandbox_issued = True
+        self.sandbox_issued_s = now
+
+    def sandbox_ready(self, now: float) -> float | None:
+        """Seconds since it was asked for; None if that was told before."""
+        since_s, self.sandbox_issued_s = self.sandbox_issued_s, None
+        return None if since_s is None else now - since_s
 
     def sandbox_failed(self) -> None:
-        if self.sandbox is SandboxNeed.PREPARED:
+        if self.sandbox in (SandboxNeed.PREPARED, SandboxNeed.TAKEN):
             self.sandbox = SandboxNeed.FAILED
+            self.sandbox_issued_s = None
+            self.sandbox_was_stopped = False
+
+    def sandbox_stopped(self) -> None:
+        if self.sandbox is SandboxNeed.TAKEN:
+            self.sandbox = SandboxNeed.WANTED
+            self.sandbox_issued_s = None
+            self.sandbox_was_stopped = True
 
     def history(self) -> tuple[str, ...]:
         return tuple(self._history)

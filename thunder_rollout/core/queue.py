@@ -63,14 +63,15 @@ class WaitingQueue:
     def count(self, kind: Kind) -> int:
         return self._kinds[kind]
 
-    def put(self, program: Program) -> None:
-        """Add the program, or move it to where its present state belongs."""
-        arrival = self._arrivals.get(program.program_id)
-        if arrival is None:
-            arrival = self._next_arrival
+    def put(self, program: Program, arrival: int | None = None) -> int:
+        """Add the program, or move it to where its present state belongs; returns the number of its arrival. A
+        queue of some programs of another one gets that one's, so that both are in the same order."""
+        known = self._arrivals.get(program.program_id)
+        if known is not None:
+            self._take_out(known)
+        elif arrival is None:
             self._next_arrival += 1
-        else:
-            self._take_out(arrival)
+        arrival = known if known is not None else arrival if arrival is not None else self._next_arrival
         since_s = program.waiting_since_s
         entry = (since_s is None, self._key(program), since_s or 0.0, arrival)
         wait = None if since_s is None else (since_s, arrival)
@@ -82,6 +83,7 @@ class WaitingQueue:
         insort(self._ordered, entry)
         if wait is not None:
             insort(self._waits, wait)
+        return arrival
 
     def remove(self, program: Program) -> None:
         self._take_out(self._arrivals.pop(program.program_id))

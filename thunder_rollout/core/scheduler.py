@@ -16,8 +16,8 @@ Contract:
   tick: Expire, and ReleaseSandbox where one is owed.
 - A program with a token that is older than `max_staleness` weight versions is never admitted again: it
   is terminated (Expire) when newer weights are announced while it asks, or when it asks next.
-- PrepareSandbox is issued at the latest with a program's first Restore; where it was issued,
-  ReleaseSandbox follows exactly once, at the program's end.
+- PrepareSandbox is issued at the latest with a program's first Restore, and ahead of it as
+  `sandboxes` says; where it was issued, ReleaseSandbox follows exactly once, at the program's end.
 
 Restore for a program bound elsewhere moves it (request-level routers do). Policies choose, see
 `policies.base`; this module owns the order of things within one event: the event itself, then the
@@ -25,8 +25,6 @@ policy's restores, its releases, the liveness rule, sandboxes ahead of need.
 """
 
 from __future__ import annotations
-
-from itertools import islice
 
 from thunder_rollout.core.backend import Backend
 from thunder_rollout.core.checks import (
@@ -46,7 +44,6 @@ from thunder_rollout.core.decisions import (
     Expire,
     ExpiryReason,
     Pause,
-    PrepareSandbox,
     ReleaseSandbox,
     Restore,
 )
@@ -58,6 +55,7 @@ from thunder_rollout.core.events import (
     ProgramEnded,
     SandboxFailed,
     SandboxReady,
+    SandboxStopped,
     Tick,
     ToolEnded,
     ToolStarted,
@@ -72,7 +70,8 @@ from thunder_rollout.core.events import (
 from thunder_rollout.core.liveness import moves
 from thunder_rollout.core.policies import make_policy
 from thunder_rollout.core.policies.base import Policy
-from thunder_rollout.core.program import Program, SandboxNeed
+from thunder_rollout.core.program import Program
+from thunder_rollout.core.sandboxes import Sandboxes
 from thunder_rollout.core.snapshot import SchedulerSnapshot
 from thunder_rollout.core.state import State
 from thunder_rollout.core.weights import WeightVersions
@@ -88,6 +87,7 @@ class Scheduler:
         self._policy = policy if policy is not None else make_policy(config)
         self._state = State(self._policy.queue_key, max_wait_s=config.max_wait_s, on_change=self._policy.changed)
         self._versions = WeightVersions(config.max_staleness)
+        self._sandboxes = Sandboxes(self._state, max_ahead=config.prepare_ahead)
         self._now = float("-inf")
         self._decisions: list[Decision] = []
 
@@ -107,7 +107,7 @@ class Scheduler:
         self._follow_policy(now, tick=isinstance(event, Tick))
         for program, backend in moves(self._state, now):
             self._restore(program, backend, now)
-        self._prepare_ahead(now)
+        self._decisions += self._sandboxes.ahead(now, tick=isinstance(event, Tick))
         return self._decisions
 
     def snapshot(self) -> SchedulerSnapshot:
@@ -141,12 +141,10 @@ class Scheduler:
                 self._on_backend_stats(event)
             case WeightsUpdating() | WeightsUpdated():
                 self._on_weights(event, now)
-            case SandboxFailed():
-                self._on_sandbox_failed(event)
+            case SandboxReady() | SandboxFailed() | SandboxStopped():
+                self._decisions += self._sandboxes.heard(event, now)
             case Tick():
                 self._expire_silent(now)
-            case SandboxReady():
-                pass
             case _:
                 raise BadEvent(f"{type(event).__name__}: not an event of core.events")
         program = getattr(event, "program", None)
@@ -267,22 +265,6 @@ class Scheduler:
                 self._state.bind(program, self._state.backends[elsewhere])
         self._state.remove_backend(backend)
 
-    # Sandboxes
-
-    def _on_sandbox_failed(self, event: SandboxFailed) -> None:
-        program = self._state.programs.get(event.program)
-        if program is not None:  # an end that crossed this message on its way
-            program.sandbox_failed()
-
-    def _prepare(self, program: Program, now: float) -> None:
-        if program.sandbox is SandboxNeed.WANTED:
-            program.sandbox_prepared()
-            self._decisions.append(PrepareSandbox(program=program.program_id, by_s=now))
-
-    def _prepare_ahead(self, now: float) -> None:
-        for program in islice(self._state.waiting(now), self._config.prepare_ahead):
-            self._prepare(program, now)
-
     # Carrying choices out
 
     def _follow_policy(self, now: float, *, tick: bool) -> None:
@@ -335,7 +317,7 @@ class Scheduler:
         backend = self._state.backends[program.backend]
         assert not backend.updating
         assert backend.fits(request.prompt_tokens)
-        self._prepare(program, now)
+        self._decisions += self._sandboxes.granted(program, request, now)
         grant = self._state.admit(program, request.request)
         self._state.hear(program.program_id, now)
         self._decisions.append(

@@ -13,7 +13,7 @@ from itertools import takewhile
 
 from thunder_rollout.core.backend import Backend
 from thunder_rollout.core.events import FinishReason, TurnRequested
-from thunder_rollout.core.program import Pending, Program, Status
+from thunder_rollout.core.program import Pending, Program, SandboxNeed, Status
 from thunder_rollout.core.queue import Kind, SortKey, WaitingQueue
 from thunder_rollout.core.snapshot import BackendSnapshot, SchedulerSnapshot
 
@@ -35,6 +35,9 @@ class State:
         self.backends: dict[str, Backend] = {}
         self.generations: dict[str, int] = {}  # the newest of each backend that ever was up
         self.queue = WaitingQueue(queue_key, max_wait_s=max_wait_s)
+        self.unready = WaitingQueue(queue_key, max_wait_s=max_wait_s)  # those of it that await a sandbox
+        self.unready_changed = False  # since whoever prepares them last looked
+        self.prepared: set[str] = set()  # programs of the queue whose sandbox is prepared
         self.void_grants: dict[int, str] = {}  # grant -> program, oldest first
         self.num_bound = 0
         self.max_capacity_tokens = 0  # of the largest backend that is up
@@ -135,7 +138,7 @@ class State:
     def bind(self, program: Program, backend: Backend) -> None:
         """From the queue or from another backend."""
         if program.backend is None:
-            self.queue.remove(program)
+            self._dequeue(program)
             program.restore(backend.name)
             self.num_bound += 1
         else:
@@ -148,7 +151,7 @@ class State:
         """Its key changed: if it waits, it moves to its place."""
         program = self.programs.get(program_id)
         if program is not None and program.backend is None:
-            self.queue.put(program)
+            self._enqueue(program)
 
     def pause(self, program: Program) -> None:
         assert program.backend is not None
@@ -156,7 +159,7 @@ class State:
         program.pause()
         backend.unbind(program)
         self.num_bound -= 1
-        self.queue.put(program)
+        self._enqueue(program)
         self._tell(program)
 
     def mark(self, program: Program) -> None:
@@ -167,7 +170,7 @@ class State:
         for grant, turn in list(program.turns.items()):
             self._void(program, grant, turn.backend)
         if program.backend is None:
-            self.queue.remove(program)
+            self._dequeue(program)
         else:
             self.backends[program.backend].unbind(program)
             self.num_bound -= 1
@@ -175,6 +178,21 @@ class State:
         del self.programs[program.program_id]
         self.heard_s.pop(program.program_id, None)
         self._tell(program)
+
+    # Sandboxes
+
+    def prepare_sandbox(self, program: Program, now: float) -> None:
+        program.sandbox_prepared(now)
+        if program.backend is None:
+            self.prepared.add(program.program_id)
+
+    def sandbox_failed(self, program: Program) -> None:
+        program.sandbox_failed()
+        self._refresh(program)
+
+    def sandbox_stopped(self, program: Program) -> None:
+        program.sandbox_stopped()
+        self._refresh(program)
 
     # Turns
 
@@ -219,9 +237,29 @@ class State:
     def _measure(self) -> None:
         self.max_capacity_tokens = max((backend.capacity_tokens for backend in self.backends.values()), default=0)
 
+    def _enqueue(self, program: Program) -> None:
+        arrival = self.queue.put(program)
+        if program.awaits_sandbox:
+            self.unready.put(program, arrival)
+            self.unready_changed = True
+        else:
+            self._no_longer_unready(program)
+        if program.sandbox is not SandboxNeed.PREPARED:
+            self.prepared.discard(program.program_id)
+
+    def _dequeue(self, program: Program) -> None:
+        self.queue.remove(program)
+        self._no_longer_unready(program)
+        self.prepared.discard(program.program_id)
+
+    def _no_longer_unready(self, program: Program) -> None:
+        if program.program_id in self.unready:
+            self.unready.remove(program)
+            self.unready_changed = True
+
     def _refresh(self, program: Program) -> None:
         if program.backend is None:
-            self.queue.put(program)
+            self._enqueue(program)
         else:
             self.backends[program.backend].refresh(program)
         self._tell(program)

@@ -21,6 +21,7 @@ from thunder_rollout.core.events import (
     Withdrawn,
 )
 from thunder_rollout.core.snapshot import SchedulerSnapshot
+from thunder_rollout.observe.sandbox_waits import SandboxWaits
 
 _COMPLETE = (FinishReason.STOP, FinishReason.LENGTH)
 
@@ -30,6 +31,7 @@ class MetricsSnapshot:
     """Totals since the first turn was requested, beside the scheduler's present state.
 
     `imbalance` is the mean over time of (fullest - emptiest backend) / capacity, in demand.
+    `sandbox_wait_p95_s` and `sandbox_idle_s` (a mean) are of the last preparations, see `sandbox_waits`.
     """
 
     time_s: float
@@ -42,6 +44,8 @@ class MetricsSnapshot:
     queue_s: float
     tool_s: float
     imbalance: float
+    sandbox_wait_p95_s: float
+    sandbox_idle_s: float
     scheduler: SchedulerSnapshot
 
     @property
@@ -59,6 +63,7 @@ class RunMetrics:
 
     totals: Counter[str] = field(default_factory=Counter)
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    sandboxes: SandboxWaits = field(default_factory=SandboxWaits)
     _requested: dict[str, tuple[int, float]] = field(default_factory=dict)
     _prompts: dict[int, int] = field(default_factory=dict)
     _tools: dict[str, float] = field(default_factory=dict)
@@ -84,6 +89,7 @@ class RunMetrics:
                 self.seconds["tool"] += now - started if started is not None else 0.0
             case _:
                 pass
+        self.sandboxes.observe(event, decisions, now)
         for decision in decisions:
             self._count_decision(decision, now)
 
@@ -101,6 +107,8 @@ class RunMetrics:
             queue_s=self.seconds["queue"],
             tool_s=self.seconds["tool"],
             imbalance=self._imbalance_area / time_s if time_s > 0 else 0.0,
+            sandbox_wait_p95_s=self.sandboxes.wait_p95_s(),
+            sandbox_idle_s=self.sandboxes.mean_idle_s(),
             scheduler=scheduler,
         )
 

@@ -194,6 +194,8 @@ def _wandb_values(session: _Session) -> dict[str, float]:
         "thunder/num_pauses": float(metrics.num_pauses),
         "thunder/queue_s": metrics.queue_s,
         "thunder/tool_s": metrics.tool_s,
+        "thunder/sandbox/wait_p95_s": metrics.sandbox_wait_p95_s,
+        "thunder/sandbox/idle_s": metrics.sandbox_idle_s,
         "thunder/output_tokens_per_s": metrics.output_tokens / metrics.time_s if metrics.time_s else 0.0,
     }
     for backend in metrics.scheduler.backends:

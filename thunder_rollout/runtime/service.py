@@ -54,8 +54,9 @@ class Grant:
 class SandboxPort(Protocol):
     """Where `PrepareSandbox` and `ReleaseSandbox` go."""
 
-    async def prepare(self, program: str, spec: SandboxSpec) -> float:
-        """Start the sandbox; returns the seconds it took. Raises `SandboxFailed`."""
+    async def prepare(self, program: str, spec: SandboxSpec, *, within_s: float) -> float:
+        """Have the sandbox ready, if possible `within_s` from now; returns the seconds its start took. Raises
+        `SandboxFailed`."""
 
     async def release(self, program: str) -> None: ...
 
@@ -81,6 +82,7 @@ class SchedulerService:
         self._waiting: dict[str, tuple[asyncio.Future[Grant], float]] = {}
         self._specs: dict[str, SandboxSpec] = {}
         self._owners: dict[str, str] = {}
+        self._preparing: dict[str, asyncio.Task[None]] = {}  # the last of each program, if not released since
         self._places = Places()
         self._live_backends: dict[str, int] = {}  # generation
         self._returning: set[str] = set()  # down, and a restart may come
@@ -216,9 +218,10 @@ class SchedulerService:
                     )
             case Reject(request=request, why=why):
                 self._fail_waiter(request, Rejected(why))
-            case PrepareSandbox(program=program):
-                self._spawn(self._prepare(program))
+            case PrepareSandbox(program=program, by_s=by_s):
+                self._preparing[program] = self._spawn(self._prepare(program, within_s=by_s - now))
             case ReleaseSandbox(program=program):
+                self._preparing.pop(program, None)
                 self._spawn(self._release(program))
             case Expire(program=program, reason=reason, requests=requests):
                 logger.warning("program=%s expired: %s", program, reason)
@@ -227,18 +230,22 @@ class SchedulerService:
             case Restore() | Pause():
                 pass
 
-    async def _prepare(self, program: str) -> None:
+    async def _prepare(self, program: str, *, within_s: float) -> None:
         spec = self._specs.get(program)
         if self._sandboxes is None or spec is None:
             return
         try:
-            took_s = await self._sandboxes.prepare(program, spec)
+            took_s = await self._sandboxes.prepare(program, spec, within_s=within_s)
         except InfrastructureFailure as error:
-            logger.warning("program=%s sandbox failed: %s", program, error)
             event: Event = SandboxFailed(program=program, reason=str(error))
         else:
             event = SandboxReady(program=program, took_s=took_s)
-        if program in self._owners:
+        if program not in self._preparing:  # released; the start may have overtaken that on its way to the host
+            await self._release(program)
+        elif self._preparing[program] is asyncio.current_task():
+            del self._preparing[program]
+            if isinstance(event, SandboxFailed):
+                logger.warning("program=%s sandbox failed: %s", program, event.reason)
             self.handle(event)
 
     async def _release(self, program: str) -> None:
@@ -284,10 +291,11 @@ class SchedulerService:
         for request in list(self._waiting):
             self._fail_waiter(request, self._broken)
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+    def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._reap)
+        return task
 
     def _reap(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

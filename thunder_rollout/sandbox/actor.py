@@ -42,8 +42,8 @@ class SandboxHostActor:
     async def sample_finished(self, image: str) -> None:
         self._started().sample_finished(image)
 
-    async def prepare(self, program: str, spec: SandboxSpec) -> float:
-        return await self._started().prepare(program, spec)
+    async def prepare(self, program: str, spec: SandboxSpec, within_s: float) -> float:
+        return await self._started().prepare(program, spec, within_s=within_s)
 
     async def acquire(self, program: str, spec: SandboxSpec) -> float:
         return await self._started().acquire(program, spec)

@@ -152,7 +152,7 @@ class DockerSandbox(ShellSandbox):
             await asyncio.shield(self._abandon(started))
             raise
         except APIError as error:
-            await self._require_container()
+            await self._require_alive()
             output.feed(f"the container could not run it: {error.explanation}\n".encode())
             return Exit(code=NOT_RUNNABLE, timed_out=False)
         try:
@@ -240,7 +240,7 @@ class DockerSandbox(ShellSandbox):
         deadline_s = time.monotonic() + _DEATH_PATIENCE_S
         while time.monotonic() < deadline_s:
             self._require_running()
-            await self._require_container()
+            await self._require_alive()
             try:
                 state: dict[str, Any] = await self._engine.call(lambda: self._engine.client.api.exec_inspect(exec_id))
             except APIError as error:
@@ -249,7 +249,7 @@ class DockerSandbox(ShellSandbox):
             await asyncio.sleep(0.1)
         return 137 if code is None else code
 
-    async def _require_container(self) -> None:
+    async def _require_alive(self) -> None:
         try:
             state = await self._engine.call(lambda: self._engine.client.api.inspect_container(self._container))
         except NotFound as error:

@@ -92,6 +92,9 @@ class FakeSandbox:
         )  # fmt: skip
         return f"diff --git a/{name} b/{name}\n" + "".join(lines)
 
+    async def is_alive(self) -> bool:
+        return self.running
+
     async def clear(self) -> None:
         self._require_running()
 

@@ -1,6 +1,7 @@
 """One node's sandboxes: started ahead of need, handed to their programs, reclaimed at once.
 
-Invariants: a program has at most one sandbox; starts are bounded by `max_starts`; `release` takes
+Invariants: a program has at most one sandbox; starts are bounded by `max_starts`, in the order in
+which their programs need them; one that was prepared is handed over only if it lives; `release` takes
 a sandbox down whatever it was doing, and is idempotent; after `stop`, nothing of this session is
 left. The session (one life of one host) tells our sandboxes from those of hosts that have died,
 which `start` sweeps away, whatever run they were of. A reaper stands by for the case that this
@@ -24,23 +25,26 @@ from thunder_rollout.errors import SandboxFailed
 from thunder_rollout.sandbox.config import BackendChoice, SandboxConfig, select_backend
 from thunder_rollout.sandbox.image_store import ImageStore
 from thunder_rollout.sandbox.placement import HostStats
-from thunder_rollout.sandbox.protocol import ExecResult, Sandbox, SandboxSpec
+from thunder_rollout.sandbox.protocol import ExecResult, HostedSandbox, Sandbox, SandboxSpec
 from thunder_rollout.sandbox.reaper import Reaper, sweep, sweep_leftovers
 from thunder_rollout.sandbox.session import new_session
+from thunder_rollout.sandbox.start_gate import StartGate
 
 logger = logging.getLogger(__name__)
 
 LOST_AFTER_S = 10.0  # without a heartbeat, a driver on another node counts as dead
 _WATCH_EVERY_S = 2.0
 
-MakeSandbox = Callable[[SandboxSpec], Sandbox]
+MakeSandbox = Callable[[SandboxSpec], HostedSandbox]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Slot:
-    sandbox: Sandbox
+    sandbox: HostedSandbox
     image: str
+    due_s: float  # when its program is expected to need it
     has_image: bool = False  # a lease of it, to be given back
+    is_taken: bool = False
     starting: asyncio.Task[float] = field(init=False)
 
 
@@ -65,7 +69,7 @@ class SandboxHost:
         self._images = images
         self._reaper: Reaper | None = None
         self._reaper_watch: asyncio.Task[None] | None = None
-        self._starts = asyncio.Semaphore(config.max_starts)
+        self._starts = StartGate(config.max_starts)
         self._slots: dict[str, _Slot] = {}
         self._stops: set[asyncio.Task[None]] = set()
         self._num_started = 0
@@ -103,22 +107,37 @@ class SandboxHost:
         if self._images is not None:
             self._images.finished(image)
 
-    async def prepare(self, program: str, spec: SandboxSpec) -> float:
+    async def prepare(self, program: str, spec: SandboxSpec, *, within_s: float = 0.0) -> float:
         """Start the program's sandbox unless it is started already; the seconds its start took.
 
-        Raises `SandboxFailed`. Cancelling the call leaves the sandbox to the program.
+        `within_s` from now it is needed: where starts queue, the most urgent goes first. Raises
+        `SandboxFailed`. Cancelling the call leaves the sandbox to the program.
         """
+        due_s = time.monotonic() + within_s
         slot = self._slots.get(program)
         if slot is None:
-            slot = self._slots[program] = self._new_slot(program, spec)
+            slot = self._slots[program] = self._new_slot(program, spec, due_s)
+        slot.due_s = min(slot.due_s, due_s)
+        self._starts.hasten(slot, slot.due_s)
         await asyncio.wait([slot.starting])
         if slot.starting.cancelled():
             raise SandboxFailed(f"sandbox: program={program} was released while its sandbox started")
         return slot.starting.result()
 
     async def acquire(self, program: str, spec: SandboxSpec) -> float:
-        """Wait for the program's sandbox, starting it if nobody prepared it; as `prepare`."""
-        return await self.prepare(program, spec)
+        """Wait for the program's sandbox, starting it if nobody prepared it or the one prepared has died; as
+        `prepare`."""
+        took_s = await self.prepare(program, spec)
+        slot = self._slots.get(program)
+        if slot is not None and not slot.is_taken and not await slot.sandbox.is_alive():
+            logger.warning("program=%s: the sandbox prepared for it has died; starting another", program)
+            if self._slots.get(program) is slot:
+                await self.release(program)
+            took_s = await self.prepare(program, spec)
+            slot = self._slots.get(program)
+        if slot is not None:
+            slot.is_taken = True
+        return took_s
 
     async def exec(self, program: str, command: str, *, timeout_s: float) -> ExecResult:
         return await self._of(program).exec(command, timeout_s=timeout_s)
@@ -191,12 +210,12 @@ class SandboxHost:
         if self._reaper is not None:
             self._reaper.beat()
 
-    def _new_slot(self, program: str, spec: SandboxSpec) -> _Slot:
+    def _new_slot(self, program: str, spec: SandboxSpec, due_s: float) -> _Slot:
         if self._make is None or self._stopped:
             raise SandboxFailed(f"sandbox: the host of run={self._run} is not running")
         labels = {"run": self._run, "session": self._session, "program": program}
         sandbox = self._make(dataclasses.replace(spec, labels=spec.labels | labels))
-        slot = _Slot(sandbox, spec.image)
+        slot = _Slot(sandbox, spec.image, due_s)
         slot.starting = asyncio.create_task(self._start(program, slot), name=f"start-sandbox-{program}")
         slot.starting.add_done_callback(_retrieve)
         return slot
@@ -206,7 +225,7 @@ class SandboxHost:
             if self._images is not None:
                 await self._images.acquire(slot.image)
                 slot.has_image = True
-            async with self._starts:  # not before: a pull must not keep others from starting
+            async with self._starts.inside(slot, slot.due_s):  # not before: a pull must not keep others out
                 began_s = time.monotonic()
                 await slot.sandbox.start()
         except Exception:

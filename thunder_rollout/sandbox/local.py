@@ -173,6 +173,9 @@ class LocalSandbox(ShellSandbox):
             with contextlib.suppress(BrokenPipeError, BlockingIOError):
                 os.write(self._control, b"kill\n")
 
+    async def _require_alive(self) -> None:
+        self._require_init()
+
     def _require_init(self) -> None:
         if self._process is None or self._process.returncode is not None or not _is_alive(self._init_pid):
             raise SandboxFailed("sandbox: it died (its PID 1 is gone: time to live over, out of memory, or killed)")

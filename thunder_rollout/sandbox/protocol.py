@@ -77,3 +77,10 @@ class Sandbox(Protocol):
 
     async def stop(self) -> None:
         """Remove everything the sandbox owns. Idempotent, bounded in time, shielded."""
+
+
+class HostedSandbox(Sandbox, Protocol):
+    """What a sandbox host runs."""
+
+    async def is_alive(self) -> bool:
+        """Whether it could run a command now; runs none to find out."""

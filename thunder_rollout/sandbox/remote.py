@@ -47,8 +47,8 @@ class RemoteSandboxHost:
     def sample_finished(self, image: str) -> None:
         self._handle.sample_finished.remote(image)
 
-    async def prepare(self, program: str, spec: SandboxSpec) -> float:
-        took_s: float = await _call(self._handle.prepare.remote(program, spec))
+    async def prepare(self, program: str, spec: SandboxSpec, *, within_s: float = 0.0) -> float:
+        took_s: float = await _call(self._handle.prepare.remote(program, spec, within_s))
         return took_s
 
     async def release(self, program: str) -> None:
@@ -117,9 +117,10 @@ class RemoteSandboxHosts:
     def sample_finished(self, image: str) -> None:
         self._fleet.sample_finished.remote(image)
 
-    async def prepare(self, program: str, spec: SandboxSpec) -> float:
+    async def prepare(self, program: str, spec: SandboxSpec, *, within_s: float = 0.0) -> float:
+        """See `SandboxHost.prepare`."""
         index = await self.place(program, spec)
-        return await self.on_host(index, self._hosts[index].prepare(program, spec))
+        return await self.on_host(index, self._hosts[index].prepare(program, spec, within_s=within_s))
 
     async def release(self, program: str) -> None:
         index: int | None = await _ask(self._fleet.forget.remote(program))

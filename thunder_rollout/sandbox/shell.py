@@ -104,6 +104,10 @@ class ShellSandbox(ABC):
         """
 
     @abstractmethod
+    async def _require_alive(self) -> None:
+        """Raises `SandboxFailed` if PID 1 is gone."""
+
+    @abstractmethod
     async def _destroy(self) -> None:
         """Remove everything the sandbox owns; also after a failed or half-done `_boot`."""
 
@@ -195,6 +199,15 @@ class ShellSandbox(ABC):
                     raise
                 logger.warning("sandbox: the repository in %s is destroyed; no patch", self.spec.workdir)
                 return b""
+
+    async def is_alive(self) -> bool:
+        """See `HostedSandbox`."""
+        try:
+            self._require_running()
+            await self._require_alive()
+        except SandboxFailed:
+            return False
+        return True
 
     async def clear(self) -> None:
         async with self._lock:

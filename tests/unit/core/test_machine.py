@@ -21,7 +21,7 @@ from thunder_rollout.core.config import (
     ThunderConfig,
     TtlConfig,
 )
-from thunder_rollout.core.decisions import Decision, Pause, Restore
+from thunder_rollout.core.decisions import Decision, Pause, PrepareSandbox, Restore
 from thunder_rollout.core.events import (
     BackendDown,
     BackendStats,
@@ -31,6 +31,7 @@ from thunder_rollout.core.events import (
     ProgramEnded,
     SandboxFailed,
     SandboxReady,
+    SandboxStopped,
     ToolEnded,
     ToolStarted,
     TurnEnded,
@@ -56,7 +57,7 @@ CONFIGS = st.builds(
     SchedulerConfig,
     policy=st.sampled_from(("thunder", "adaptive", "adaptive", *POLICIES)),
     max_wait_s=st.sampled_from([8.0, 600.0]),
-    prepare_ahead=st.integers(0, 2),
+    prepare_ahead=st.sampled_from([0, 1, 2, 64]),
     thunder=st.builds(
         ThunderConfig,
         low_watermark=st.sampled_from([0.6, 0.8]),
@@ -111,6 +112,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         overdue = state.overdue(now)
         bound = {program.program_id for program in state.programs.values() if program.backend is not None}
         decisions = act()
+        self.check_preparations(decisions)
         for decision in decisions:
             if not isinstance(decision, Restore) or decision.request is None or decision.program in bound:
                 continue
@@ -121,6 +123,19 @@ class SchedulerMachine(RuleBasedStateMachine):
                     homes = {b.name for b in state.open_backends() if b.fits(older.context_tokens)}
                     assert homes != {decision.backend}, f"{decision.program} passed {older.program_id}"
         return decisions
+
+    def check_preparations(self, decisions: list[Decision]) -> None:
+        """`Harness` checks that each is one a program and released with it. Those ahead of a grant come in
+        restore order, no more than allowed, and the head of the queue is never without."""
+        state, max_ahead = self.shell.scheduler._state, self.shell.config.prepare_ahead
+        asked = [decision.program for decision in decisions if isinstance(decision, PrepareSandbox)]
+        order = [program.program_id for program in state.unready.ordered(self.shell.now)]
+        ahead = [program for program in asked if program in state.prepared]
+        assert ahead == [program for program in order if program in ahead], "in restore order"
+        assert all(decision.by_s >= self.shell.now for decision in decisions if isinstance(decision, PrepareSandbox))
+        assert len(state.prepared) <= max_ahead
+        if len(state.prepared) < max_ahead and not list(state.unready.overdue(self.shell.now)):
+            assert not order or order[0] in state.prepared
 
     # Backends
 
@@ -277,9 +292,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         if program in self.shell.scheduler._state.programs:
             self.send(what(program=program))
 
-    @rule(program=PROGRAMS, failed=st.booleans())
-    def sandbox(self, program: str, failed: bool) -> None:
-        self.send(SandboxFailed(program=program) if failed else SandboxReady(program=program))
+    @rule(program=PROGRAMS, what=st.sampled_from([SandboxReady, SandboxFailed, SandboxStopped]))
+    def sandbox(self, program: str, what: Any) -> None:
+        self.send(what(program=program))
 
     @rule(after_s=st.sampled_from([0.0, 1.0, 5.0, 30.0]))
     def tick(self, after_s: float) -> None:

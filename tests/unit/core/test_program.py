@@ -91,7 +91,7 @@ ILLEGAL: list[Callable[[Program], None]] = [
     lambda program: program.void_turn(9),
     lambda program: program.end_turn(9, 1, FinishReason.STOP, 1.0),
     lambda program: ask(program, "r1", 5),
-    lambda program: program.sandbox_prepared(),
+    lambda program: program.sandbox_prepared(0.0),
 ]
 
 
@@ -134,7 +134,7 @@ def test_a_sandbox_is_wanted_once_and_again_after_it_failed() -> None:
     program.sandbox_failed()
     assert program.sandbox is SandboxNeed.NONE
     ask(program, "r1", 10, sandbox=True)
-    program.sandbox_prepared()
+    program.sandbox_prepared(0.0)
     ask(program, "r2", 10, sandbox=True)
     assert program.sandbox is SandboxNeed.PREPARED
     program.sandbox_failed()

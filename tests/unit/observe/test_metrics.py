@@ -1,9 +1,18 @@
 import pytest
 
-from thunder_rollout.core.decisions import Pause, Restore
-from thunder_rollout.core.events import FinishReason, ToolEnded, ToolStarted, TurnEnded, TurnRequested
+from thunder_rollout.core.decisions import Pause, PrepareSandbox, ReleaseSandbox, Restore
+from thunder_rollout.core.events import (
+    FinishReason,
+    SandboxFailed,
+    SandboxReady,
+    ToolEnded,
+    ToolStarted,
+    TurnEnded,
+    TurnRequested,
+)
 from thunder_rollout.core.snapshot import SchedulerSnapshot
 from thunder_rollout.observe.metrics import RunMetrics
+from thunder_rollout.observe.sandbox_waits import SandboxWait
 
 IDLE = SchedulerSnapshot(
     backends=(), num_programs=0, num_waiting_returning=0, num_waiting_new=0, num_waiting_acting=0, waiting_tokens=0
@@ -45,6 +54,36 @@ def test_tools_and_pauses_are_added_up():
     assert (snapshot.tool_s, snapshot.num_pauses) == (2.5, 1)
 
 
+def test_a_program_waits_for_its_sandbox_or_the_sandbox_for_its_program():
+    metrics = RunMetrics()
+    event = ToolEnded(program="other")
+
+    def prepared(program: str, at: float) -> None:
+        metrics.observe(event, [PrepareSandbox(program=program, by_s=at)], at)
+
+    def granted(program: str, at: float) -> None:
+        metrics.observe(event, [Restore(program=program, backend="e", generation=0, request="r", grant=1)], at)
+
+    for number in range(20):
+        prepared(f"p{number}", 0.0)
+    metrics.observe(SandboxReady(program="p0", took_s=2.0), [], 2.0)
+    granted("p0", 5.0)
+    for number in range(1, 20):
+        granted(f"p{number}", 1.0)
+        granted(f"p{number}", 1.5)
+        metrics.observe(SandboxReady(program=f"p{number}", took_s=2.0), [], 1.0 + number)
+    metrics.observe(SandboxReady(program="p0", took_s=2.0), [], 99.0)
+    for name, end in [("failed", SandboxFailed(program="failed")), ("released", event)]:
+        prepared(name, 0.0)
+        metrics.observe(end, [ReleaseSandbox(program="released")], 1.0)
+        granted(name, 90.0)
+    snapshot = metrics.snapshot(IDLE, 100.0)
+    assert snapshot.sandbox_wait_p95_s == 18.0, "of 0 and 1 to 19"
+    assert snapshot.sandbox_idle_s == pytest.approx(3.0 / 20)
+    assert metrics.sandboxes.waits[0] == SandboxWait(granted_s=5.0, wait_s=0.0, idle_s=3.0, took_s=2.0)
+
+
 def test_before_anything_happened_every_rate_is_zero():
     snapshot = RunMetrics().snapshot(IDLE, 5.0)
     assert (snapshot.steps_per_min, snapshot.kv_hit_rate, snapshot.imbalance) == (0.0, 0.0, 0.0)
+    assert (snapshot.sandbox_wait_p95_s, snapshot.sandbox_idle_s) == (0.0, 0.0)

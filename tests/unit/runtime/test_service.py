@@ -23,9 +23,13 @@ class RecordingSandboxes:
     def __init__(self, failure: SandboxFailed | None = None) -> None:
         self.calls: list[tuple[str, str]] = []
         self.failure = failure
+        self.start = asyncio.Event()
+        self.start.set()
 
-    async def prepare(self, program: str, spec: SandboxSpec) -> float:
+    async def prepare(self, program: str, spec: SandboxSpec, *, within_s: float) -> float:
+        assert within_s >= 0
         self.calls.append(("prepare", program))
+        await self.start.wait()
         if self.failure:
             raise self.failure
         return 0.25
@@ -227,6 +231,43 @@ async def test_a_waiting_program_has_its_sandbox_prepared_before_its_turn(make_s
     await asyncio.gather(waiting, return_exceptions=True)
     await settle()
     assert ("release", "b") in sandboxes.calls
+
+
+async def test_a_start_that_ends_after_its_program_is_released_again(make_service):
+    sandboxes = RecordingSandboxes()
+    sandboxes.start.clear()
+    service = await make_service(sandboxes=sandboxes)
+    service.open("a", sandbox=SPEC)
+    await service.admit(ask("a", sandbox=True))
+    await settle()
+    service.close("a")
+    await settle()
+    sandboxes.start.set()
+    await settle()
+    assert sandboxes.calls == [("prepare", "a"), ("release", "a"), ("release", "a")]
+
+
+async def test_news_of_a_preparation_that_was_given_up_are_not_taken_for_the_next_ones(make_service):
+    sandboxes = RecordingSandboxes(SandboxFailed("released while it started"))
+    sandboxes.start.clear()
+    service = await make_service(up=False, sandboxes=sandboxes)
+    service.open("a", sandbox=SPEC)
+    first = asyncio.create_task(service.admit(ask("a", sandbox=True)))
+    await settle()
+    first.cancel()
+    await settle()
+    second = asyncio.create_task(service.admit(ask("a", 1, sandbox=True)))
+    await settle()
+    assert sandboxes.calls == [("prepare", "a"), ("release", "a"), ("prepare", "a")]
+    handled = []
+    handle = service.handle
+    service.handle = lambda event: (handled.append(event), handle(event))[1]
+    sandboxes.start.set()
+    await settle()
+    assert [type(event).__name__ for event in handled] == ["SandboxFailed"], "of the second alone"
+    assert sandboxes.calls[-1] == ("prepare", "a"), "the second's is not released"
+    second.cancel()
+    await asyncio.gather(second, return_exceptions=True)
 
 
 async def test_a_failed_preparation_does_not_end_the_scheduler(make_service):

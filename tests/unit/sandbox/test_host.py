@@ -76,6 +76,37 @@ async def test_starts_are_bounded() -> None:
     assert factory.num_running() == 6
 
 
+async def test_starts_that_wait_go_in_the_order_of_need() -> None:
+    factory = Factory(start_s=0.01)
+    host = await host_of(factory, max_starts=1)
+    starts = [
+        asyncio.create_task(host.prepare(f"p{i}", SPEC, within_s=within_s)) for i, within_s in enumerate([9, 5, 7])
+    ]
+    await asyncio.sleep(0.001)
+    starts.append(asyncio.create_task(host.acquire("p2", SPEC)))
+    began: list[str] = []
+    while len(began) < 3:
+        began += [name for fake in factory.made if fake.running and (name := fake.spec.labels["program"]) not in began]
+        await asyncio.sleep(0.001)
+    assert began == ["p0", "p2", "p1"], "whoever stands waiting needs it now"
+    await asyncio.gather(*starts)
+
+
+async def test_a_prepared_sandbox_that_died_is_not_handed_over() -> None:
+    factory = Factory()
+    host = await host_of(factory)
+    await host.prepare("p", SPEC)
+    factory.made[0].kill()
+    await asyncio.gather(host.acquire("p", SPEC), host.acquire("p", SPEC))
+    assert (await host.exec("p", "hi", timeout_s=1)).output == "hi"
+    assert len(factory.made) == 2
+    factory.made[1].kill()
+    await host.acquire("p", SPEC)
+    with pytest.raises(SandboxFailed):
+        await host.exec("p", "hi", timeout_s=1)
+    assert len(factory.made) == 2, "one that died in use takes its program's work with it"
+
+
 async def test_files_and_diff_go_to_the_programs_own() -> None:
     host = await host_of(Factory())
     await asyncio.gather(host.prepare("p", SPEC), host.prepare("q", SPEC))

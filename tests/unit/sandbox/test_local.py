@@ -101,6 +101,7 @@ async def test_a_dead_pid_1_is_a_typed_error(make: MakeSandbox) -> None:
                 await running
             with pytest.raises(SandboxFailed):
                 await box.exec("true", timeout_s=5)
+        assert not await box.is_alive()
 
 
 async def test_starting_is_fast(make: MakeSandbox) -> None:

@@ -1,0 +1,69 @@
+"""Which program's sandbox is asked for when: at the latest with the grant that needs it, ahead of it as far
+down the queue as `preparation` says.
+
+Each method returns the decisions it comes to. A failed sandbox is asked for anew with its program's next
+request, one that was stopped while its program waits before the next grant.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+
+from thunder_rollout.core.decisions import PrepareSandbox
+from thunder_rollout.core.events import SandboxFailed, SandboxReady, SandboxStopped, TurnRequested
+from thunder_rollout.core.preparation import Kind, Preparation
+from thunder_rollout.core.program import Program, SandboxNeed
+from thunder_rollout.core.state import State
+
+
+class Sandboxes:
+    def __init__(self, state: State, *, max_ahead: int) -> None:
+        """At most `max_ahead` waiting programs have one prepared."""
+        self._state = state
+        self._max_ahead = max_ahead
+        self._preparation = Preparation(max_ahead)
+
+    def heard(self, event: SandboxReady | SandboxFailed | SandboxStopped, now: float) -> list[PrepareSandbox]:
+        program = self._state.programs.get(event.program)
+        if program is None:  # an end that crossed this message on its way
+            return []
+        match event:
+            case SandboxReady():
+                if (lead_s := program.sandbox_ready(now)) is not None:
+                    self._preparation.note_lead(_kind(program), lead_s)
+            case SandboxFailed():
+                self._state.sandbox_failed(program)
+            case SandboxStopped():
+                self._state.sandbox_stopped(program)
+                if program.turns:  # granted meanwhile
+                    return self._prepare(program, now, by_s=now)
+        return []
+
+    def granted(self, program: Program, request: TurnRequested, now: float) -> list[PrepareSandbox]:
+        """Before the program's pending `request` is admitted."""
+        if program.awaits_sandbox and program.pending[request.request].since_s < now:
+            self._preparation.note_grant(now)
+        return self._prepare(program, now, by_s=now)
+
+    def ahead(self, now: float, *, tick: bool) -> list[PrepareSandbox]:
+        """A tick looks again although nothing changed: time makes programs overdue."""
+        if not tick and not self._state.unready_changed:
+            return []
+        self._state.unready_changed = False
+        decisions: list[PrepareSandbox] = []
+        for place, program in enumerate(islice(self._state.unready.ordered(now), self._max_ahead), start=1):
+            if len(self._state.prepared) >= self._max_ahead:
+                break
+            if program.sandbox is SandboxNeed.WANTED and place <= self._preparation.depth(_kind(program)):
+                decisions += self._prepare(program, now, by_s=now + self._preparation.expected_s(place))
+        return decisions
+
+    def _prepare(self, program: Program, now: float, *, by_s: float) -> list[PrepareSandbox]:
+        if program.sandbox is not SandboxNeed.WANTED:
+            return []
+        self._state.prepare_sandbox(program, now)
+        return [PrepareSandbox(program=program.program_id, by_s=by_s)]
+
+
+def _kind(program: Program) -> Kind:
+    return program.task_kind, program.sandbox_was_stopped
