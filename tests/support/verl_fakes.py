@@ -140,10 +140,17 @@ class FakeHosts:
 class FakeStages:
     hosts: FakeHosts = field(default_factory=FakeHosts)
     failures: list[InfrastructureFailure] = field(default_factory=list)
+    samples: list[str] = field(default_factory=list)
 
     async def stage(self, task: Task) -> Stage:
         player = EpisodePlayer(EpisodeSettings(run="test", limits=SandboxLimits()), self.hosts)
         return Stage(hosts=self.hosts, player=player, backend="fake")
+
+    def sample_started(self, task: Task) -> None:
+        self.samples.append("started")
+
+    def sample_finished(self, task: Task) -> None:
+        self.samples.append("finished")
 
     def failed(self, failure: InfrastructureFailure) -> None:
         self.failures.append(failure)

@@ -33,6 +33,7 @@ def verl_row(task: Task, *, split: str, index: int, system_prompt: str = SYSTEM_
             "split": split,
             "index": index,
             "instance_id": task.instance_id,
+            "image": task.image,
             "task": json.dumps(row_from_task(task)),
         },
         "agent_name": AGENT_NAME,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import itertools
 import logging
 import uuid
 from collections.abc import AsyncIterator
@@ -47,30 +48,41 @@ class SweAgentLoop(AgentLoopBase):
     async def run(self, sampling_params: dict[str, Any], **row: Any) -> AgentLoopOutput:
         """`row` holds the columns. Raises `UserError` for a row or set-up that can't be used, and under V1
         `InfrastructureFailure` when every attempt failed."""
+        crew = self._crew
         task = task_of_verl_row(row.get("extra_info"))
-        messages = [message | {"content": self._crew.chat.escape(message["content"])} for message in row["raw_prompt"]]
+        messages = [message | {"content": crew.chat.escape(message["content"])} for message in row["raw_prompt"]]
         prompt_ids = await self.ct_build_initial_tokens(messages)
-        loop = self._loop(prompt_ids)
-        last = InfrastructureFailure("no attempt was made")
-        for attempt in range(self._crew.settings.max_attempts):
+        stale = stale_from(self.config.trainer, row.get("global_steps"))
+        crew.stages.sample_started(task)
+        try:
+            return await self._play_until_it_ends(task, self._loop(prompt_ids), sampling_params, stale)
+        except InfrastructureFailure as failure:
+            if self.config.transfer_queue.enable:
+                raise
+            has_logprobs = bool(self.rollout_config.calculate_log_probs)
+            return failed_row(prompt_ids, crew.chat.end_id, failure.kind, has_logprobs=has_logprobs)
+        finally:
+            crew.stages.sample_finished(task)
+
+    async def _play_until_it_ends(
+        self, task: Task, loop: AgentLoop, sampling_params: dict[str, Any], stale: int | None
+    ) -> AgentLoopOutput:
+        for attempts in itertools.count(1):
             model = VerlModel(
                 client=self._crew.client,
                 program=f"{task.instance_id}#{uuid.uuid4().hex[:12]}",
                 sampling_params=sampling_params,
-                stale_from=stale_from(self.config.trainer, row.get("global_steps")),
+                stale_from=stale,
             )
             try:
-                return await self._play(task, loop, model, attempts=attempt + 1)
+                return await self._play(task, loop, model, attempts=attempts)
             except InfrastructureFailure as failure:
-                logger.warning("program=%s attempt=%d: %s", model.program, attempt, failure)
+                logger.warning("program=%s attempt=%d: %s", model.program, attempts, failure)
                 self._crew.stages.failed(failure)
-                last = failure
-                if isinstance(failure, GradingFailed | Stale):
-                    break  # tried again already, or in vain
-        if self.config.transfer_queue.enable:
-            raise last
-        has_logprobs = bool(self.rollout_config.calculate_log_probs)
-        return failed_row(prompt_ids, self._crew.chat.end_id, last.kind, has_logprobs=has_logprobs)
+                is_in_vain = isinstance(failure, GradingFailed | Stale)  # grading was tried again already
+                if is_in_vain or attempts >= self._crew.settings.max_attempts:
+                    raise
+        raise AssertionError("unreachable")
 
     async def _play(self, task: Task, loop: AgentLoop, model: VerlModel, *, attempts: int) -> AgentLoopOutput:
         stage = await self._crew.stages.stage(task)

@@ -35,6 +35,10 @@ class Stages(Protocol):
     async def stage(self, task: Task) -> Stage:
         """The one there is, or a new one, fit for `task`. Raises `ConfigError`, `SandboxFailed`."""
 
+    def sample_started(self, task: Task) -> None: ...
+
+    def sample_finished(self, task: Task) -> None: ...
+
     def failed(self, failure: InfrastructureFailure) -> None:
         """An attempt at an episode failed so."""
 
@@ -68,6 +72,14 @@ class HubStages:
             )
         return stage
 
+    def sample_started(self, task: Task) -> None:
+        if self._hub is not None:
+            self._hub.sample_started(task.image)
+
+    def sample_finished(self, task: Task) -> None:
+        if self._hub is not None:
+            self._hub.sample_finished(task.image)
+
     def failed(self, failure: InfrastructureFailure) -> None:
         if self._hub is not None:
             self._hub.count_failure(failure.kind)
@@ -76,7 +88,7 @@ class HubStages:
 
     async def _set_up(self, image: str) -> Stage:
         settings = self._settings
-        self._hub = RemoteHub(settings.sandbox)
+        self._hub = await asyncio.to_thread(RemoteHub, settings.sandbox)
         fleet = await self._hub.fleet([image])
         hosts = RemoteSandboxHosts(fleet.handles)
         episodes = EpisodeSettings(

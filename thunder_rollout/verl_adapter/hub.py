@@ -1,4 +1,4 @@
-"""What the agent loops of a job have in common: the sandbox hosts of all nodes, and a count of failures.
+"""What the agent loops of a job have in common: the sandbox hosts of all nodes, and figures of the machinery.
 
 There is one a job, found by its name; whoever needs it first starts it. It owns the hosts, so that they and
 their sandboxes end with it, and it with the process that started it. An agent loop that finds the hosts gone
@@ -13,11 +13,11 @@ import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 
-from thunder_rollout.errors import SandboxFailed
+from thunder_rollout.errors import EngineDied, SandboxFailed
 from thunder_rollout.remote import remote_call
 from thunder_rollout.sandbox.actor import create_sandbox_fleet
 from thunder_rollout.sandbox.config import SandboxConfig
@@ -35,30 +35,82 @@ class Fleet:
     backend: str
 
 
-class Hub:
-    """All methods run on one event loop. `open_fleet` starts the hosts for tasks of these images; the task it
-    gives keeps them alive until it is cancelled."""
+class HostsPort(Protocol):
+    """What the hub asks of the hosts; see `RemoteSandboxHosts`."""
 
-    def __init__(self, open_fleet: Callable[[list[str]], Awaitable[tuple[Fleet, asyncio.Task[None]]]]) -> None:
+    async def keep_alive(self) -> None: ...
+
+    async def num_running(self) -> int: ...
+
+    def expect(self, images: list[str]) -> None: ...
+
+    def sample_started(self, image: str) -> None: ...
+
+    def sample_finished(self, image: str) -> None: ...
+
+
+class Hub:
+    """All methods run on one event loop. `open_fleet` starts the hosts for tasks of these images; `hosts_of` is
+    their port."""
+
+    def __init__(
+        self,
+        open_fleet: Callable[[list[str]], Awaitable[Fleet]],
+        hosts_of: Callable[[FleetHandles], HostsPort] = RemoteSandboxHosts,
+    ) -> None:
         self._open_fleet = open_fleet
+        self._hosts_of = hosts_of
         self._opening = asyncio.Lock()
         self._fleet: Fleet | None = None
+        self._hosts: HostsPort | None = None
         self._keeping: asyncio.Task[None] | None = None
+        self._images: list[str] = []  # of the samples to come, in their order
         self._failures: Counter[str] = Counter()
+        self._router: Any = None
 
     async def fleet(self, images: list[str]) -> Fleet:
         """Started by the first caller. Raises `ConfigError`, `SandboxFailed`."""
         async with self._opening:
             if self._fleet is None:
-                self._fleet, self._keeping = await self._open_fleet(images)
+                self._fleet = await self._open_fleet(images)
+                self._hosts = self._hosts_of(self._fleet.handles)
+                self._keeping = asyncio.create_task(self._hosts.keep_alive(), name="keep sandboxes alive")
+                self._hosts.expect(self._images)
             return self._fleet
+
+    def expect(self, images: list[str]) -> None:
+        """So many more samples will come, in this order: what hosts pull ahead and keep."""
+        self._images += images
+        if self._hosts is not None:
+            self._hosts.expect(self._images)
+
+    def sample_started(self, image: str) -> None:
+        if image in self._images:
+            self._images.remove(image)
+        if self._hosts is not None:
+            self._hosts.sample_started(image)
+
+    def sample_finished(self, image: str) -> None:
+        if self._hosts is not None:
+            self._hosts.sample_finished(image)
 
     def count_failure(self, kind: str) -> None:
         self._failures[kind] += 1
 
-    def failures(self) -> dict[str, int]:
-        """Totals by kind."""
-        return dict(self._failures)
+    def know_router(self, router: Any) -> None:
+        """The handle of a `ProgramRouter`, whose figures are given with the others."""
+        self._router = router
+
+    async def figures(self) -> dict[str, float]:
+        """Failures since the last call, sandboxes now, and the router's own."""
+        failures, self._failures = self._failures, Counter()
+        values = {f"thunder/failures/{kind}": float(count) for kind, count in failures.items()}
+        values["thunder/failures/all"] = float(failures.total())
+        if self._hosts is not None:
+            values["thunder/sandboxes"] = float(await self._hosts.num_running())
+        if self._router is not None:
+            values |= await remote_call(self._router.metrics.remote(), died=EngineDied, what="the router")
+        return values
 
 
 class HubActor:
@@ -70,11 +122,23 @@ class HubActor:
     async def fleet(self, images: list[str]) -> Fleet:
         return await self._hub.fleet(images)
 
+    async def expect(self, images: list[str]) -> None:
+        self._hub.expect(images)
+
+    async def sample_started(self, image: str) -> None:
+        self._hub.sample_started(image)
+
+    async def sample_finished(self, image: str) -> None:
+        self._hub.sample_finished(image)
+
     async def count_failure(self, kind: str) -> None:
         self._hub.count_failure(kind)
 
-    async def failures(self) -> dict[str, int]:
-        return self._hub.failures()
+    async def know_router(self, router: Any) -> None:
+        self._hub.know_router(router)
+
+    async def figures(self) -> dict[str, float]:
+        return await self._hub.figures()
 
 
 class RemoteHub:
@@ -89,9 +153,21 @@ class RemoteHub:
         fleet: Fleet = await remote_call(self._handle.fleet.remote(images), died=SandboxFailed, what="the sandbox hub")
         return fleet
 
+    def expect(self, images: list[str]) -> None:
+        """See `Hub.expect`. This and the others are hints: nobody waits for them."""
+        self._handle.expect.remote(images)
+
+    def sample_started(self, image: str) -> None:
+        self._handle.sample_started.remote(image)
+
+    def sample_finished(self, image: str) -> None:
+        self._handle.sample_finished.remote(image)
+
     def count_failure(self, kind: str) -> None:
-        """Nobody waits for it."""
         self._handle.count_failure.remote(kind)
+
+    def know_router(self, router: Any) -> None:
+        self._handle.know_router.remote(router)
 
 
 def hub_name() -> str:
@@ -107,10 +183,8 @@ def find_hub() -> Any | None:
         return None
 
 
-async def _open_fleet(config: SandboxConfig, images: list[str]) -> tuple[Fleet, asyncio.Task[None]]:
+async def _open_fleet(config: SandboxConfig, images: list[str]) -> Fleet:
     run = f"verl-{uuid.uuid4().hex[:12]}"
     handles = create_sandbox_fleet(config, run=run, owner_pid=os.getpid())
-    hosts = RemoteSandboxHosts(handles)
-    backend = await hosts.start(images)
-    keeping = asyncio.create_task(hosts.keep_alive(), name="keep sandboxes alive")
-    return Fleet(run=run, handles=handles, backend=backend), keeping
+    backend = await RemoteSandboxHosts(handles).start(images)
+    return Fleet(run=run, handles=handles, backend=backend)

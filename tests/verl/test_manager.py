@@ -1,0 +1,120 @@
+"""The manager and the sampler under verl's own contracts, without a cluster."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+from verl.protocol import DataProto
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
+from verl.utils.import_utils import load_class_from_fqn, load_extern_type
+
+from tests.support.verl_fakes import verl_config
+from thunder_rollout.errors import ConfigError
+from thunder_rollout.verl_adapter import manager as module
+from thunder_rollout.verl_adapter.batches import images_of, settle_failed_rows
+from thunder_rollout.verl_adapter.manager import Manager, ManagerV0, ManagerV1
+from thunder_rollout.verl_adapter.sampler import make_sampler
+
+GIVEN = {"max_off_policy_threshold": 8, "max_off_policy_strategy": "drop", "refill_fn": lambda count: count}
+
+
+def test_verl_finds_the_manager_and_the_sampler_by_their_names() -> None:
+    assert load_class_from_fqn("thunder_rollout.verl_adapter.manager.Manager", "AgentLoopManager") is Manager
+    assert load_extern_type("pkg://thunder_rollout.verl_adapter.sampler", "make_sampler") is make_sampler
+
+
+@pytest.mark.parametrize(("v1", "expected"), [(True, ManagerV1), (False, ManagerV0)])
+def test_the_manager_fits_the_trainer(v1: bool, expected: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[type] = []
+
+    def create(cls: type, **given: Any) -> None:
+        made.append(cls)
+
+    monkeypatch.setattr(ManagerV1, "create", classmethod(create))
+    monkeypatch.setattr(ManagerV0, "create", classmethod(create))
+    Manager.create(config=verl_config(f"transfer_queue.enable={v1}"), llm_client=None)
+    assert made == [expected]
+
+
+def manager_of(*overrides: str) -> ManagerV1:
+    config: DictConfig = OmegaConf.create(OmegaConf.to_container(verl_config("transfer_queue.enable=True", *overrides)))
+    return ManagerV1(config=config, llm_client=Client())
+
+
+class Client:
+    """A client whose balancer can be read as verl's."""
+
+    def __init__(self) -> None:
+        self._load_balancer: Any = self
+        self._servers = {"server0": "handle0"}
+
+    @property
+    def __ray_call__(self) -> Any:
+        return self
+
+    async def remote(self, function: Any) -> Any:
+        return function(self)
+
+
+async def test_a_router_is_made_over_verls_servers_where_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "make_router", lambda servers: ("router", servers))
+    manager = manager_of()
+    assert await manager._our_router() == ("router", {"server0": "handle0"})
+    assert manager.llm_client._load_balancer == ("router", {"server0": "handle0"})
+
+
+async def test_a_pool_that_changes_needs_a_router_of_verls_making() -> None:
+    with pytest.raises(ConfigError, match="router_config_path"):
+        await manager_of("trainer.v1.trainer_mode=separate_async")._our_router()
+
+
+async def test_another_router_is_refused_by_name(tmp_path: Any) -> None:
+    file = tmp_path / "router.yaml"
+    file.write_text("router_class: somebody.elses.Router\n")
+    with pytest.raises(ConfigError, match="somebody"):
+        await manager_of(f"actor_rollout_ref.rollout.router_config_path={file}")._our_router()
+
+
+async def test_the_router_that_verl_made_stays(tmp_path: Any) -> None:
+    file = tmp_path / "router.yaml"
+    file.write_text(f"router_class: {module.OUR_ROUTER}\n")
+    manager = manager_of(f"actor_rollout_ref.rollout.router_config_path={file}")
+    assert await manager._our_router() is manager.llm_client._load_balancer
+
+
+def test_images_are_those_of_rows_that_name_one() -> None:
+    assert images_of([{"image": "a"}, None, {}, {"image": "b"}]) == ["a", "b"]
+
+
+def test_a_failed_row_leaves_the_mean_of_its_group_where_it_is() -> None:
+    scores = torch.zeros(5, 3)
+    scores[0, 2], scores[1, 1], scores[4, 0] = 1.0, 0.5, 1.0
+    rows = np.empty(5, dtype=object)
+    rows[:] = [
+        {"turns": 1.0},
+        {"turns": 1.0},
+        {"failure": "engine_died"},
+        {"failure": "sandbox_failed"},
+        {"turns": 1.0},
+    ]
+    output = DataProto.from_dict(tensors={"rm_scores": scores}, non_tensors={"thunder": rows})
+    settle_failed_rows(output, ["g", "g", "g", "alone", "h"])
+    assert output.batch["rm_scores"].sum(dim=1).tolist() == [1.0, 0.5, 0.75, 0.0, 1.0]
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("sync", ReplayBuffer), ("separate_async", ReplayBufferAsync)])
+def test_the_sampler_is_verls_own_of_the_mode_with_the_arguments_repeated(mode: str, kind: type) -> None:
+    wanted = {"poll_interval": 0.1, "sync_refill_failed_groups": True, "gen_batch_size": 1}
+    sampler = make_sampler(trainer_mode=mode, trainer_config={}, sampler_kwargs=wanted, **GIVEN)
+    assert isinstance(sampler, kind)
+    assert (sampler.poll_interval, sampler.sync_refill_failed_groups) == (0.1, True)
+
+
+@pytest.mark.parametrize("name", ["pol_interval", "refill_fn"])
+def test_an_argument_that_verls_sampler_has_not_is_named(name: str) -> None:
+    with pytest.raises(ConfigError, match=name):
+        make_sampler(trainer_mode="sync", trainer_config={}, sampler_kwargs={name: 1}, **GIVEN)

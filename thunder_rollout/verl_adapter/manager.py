@@ -1,0 +1,126 @@
+"""The whole of it from one setting: `+actor_rollout_ref.rollout.agent.agent_loop_manager_class=` this `Manager`.
+
+verl's own managers, with three things beside them. The router is ours: where `rollout.router_config_path` names
+none, one is made of `conf/verl/thunder_router.yaml` over verl's servers. The agent loops are those of
+`conf/verl/thunder_swe.yaml` unless `agent.agent_loop_config_path` names others. And the job's hub belongs to
+the trainer's process, so that no agent loop worker's death ends the sandboxes of others; it knows the images
+of the samples to come in their order.
+
+V1 (TransferQueue, sync and async) and V0 (DataProto). Partial rollouts and the bound on staleness are verl's
+own: its client resumes what a weight update cuts, its sampler drops what is too old (see `staleness`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+from verl.experimental.agent_loop.agent_loop import AgentLoopManager
+from verl.protocol import DataProto
+from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ
+from verl.utils.import_utils import resolve_config_path
+from verl.utils.ray_utils import auto_await
+
+from thunder_rollout.config import conf_dir
+from thunder_rollout.errors import ConfigError
+from thunder_rollout.tasks.verl_rows import AGENT_NAME
+from thunder_rollout.verl_adapter.batches import images_of, settle_failed_rows
+from thunder_rollout.verl_adapter.figures import thunder_figures
+from thunder_rollout.verl_adapter.hub import RemoteHub
+from thunder_rollout.verl_adapter.settings import SweSettings, read_settings
+from thunder_rollout.verl_adapter.versions import require_tested_verl
+
+OUR_ROUTER = "thunder_rollout.verl_adapter.ProgramRouter"
+_FIXED_POOL = ("sync", "colocate_async")  # trainer modes in which verl's servers stay the same
+
+
+class Manager:
+    """What verl makes by its name; gives the manager that fits the trainer."""
+
+    @classmethod
+    def create(cls, *, config: DictConfig, **given: Any) -> Any:
+        """verl's contract. Raises `UserError`."""
+        require_tested_verl()
+        manager = ManagerV1 if config.transfer_queue.enable else ManagerV0
+        return manager.create(config=config, **given)
+
+
+class _Thunder(AgentLoopManager):
+    """What both have beside verl's."""
+
+    async def _init_agent_loop_workers(self) -> None:
+        with open_dict(self.config):
+            agent = self.config.actor_rollout_ref.rollout.agent
+            agent.agent_loop_config_path = agent.agent_loop_config_path or str(conf_dir() / "verl/thunder_swe.yaml")
+        self.hub = RemoteHub(loop_settings(agent.agent_loop_config_path).sandbox)
+        self.hub.know_router(await self._our_router())
+        await super()._init_agent_loop_workers()
+
+    async def _our_router(self) -> Any:
+        """The one verl made of its configuration, or a new one, which the workers' client then asks."""
+        path = self.config.actor_rollout_ref.rollout.router_config_path
+        if path:
+            router: Any = OmegaConf.load(resolve_config_path(path))
+            named = router.get("router_class")
+            if named != OUR_ROUTER:
+                raise ConfigError(
+                    f"actor_rollout_ref.rollout.router_config_path={path}: its router_class is {named}; set "
+                    f"{OUR_ROUTER}, or leave the path null"
+                )
+            return self.llm_client._load_balancer
+        mode = self.config.trainer.v1.trainer_mode
+        if self.config.transfer_queue.enable and mode not in _FIXED_POOL:
+            raise ConfigError(
+                f"actor_rollout_ref.rollout.router_config_path: must name conf/verl/thunder_router.yaml under "
+                f"trainer.v1.trainer_mode={mode}, whose servers come and go"
+            )
+        servers = await self.llm_client._load_balancer.__ray_call__.remote(lambda balancer: dict(balancer._servers))
+        self.llm_client._load_balancer = make_router(servers)
+        return self.llm_client._load_balancer
+
+
+class ManagerV1(_Thunder, AgentLoopManagerTQ):
+    """Rows go to TransferQueue; what the rollout was like is logged by `sampler`."""
+
+    def generate_sequences(self, prompts: Any) -> None:
+        """As verl's: returns when the prompts are handed out."""
+        rollout = self.config.actor_rollout_ref.rollout
+        n = rollout.val_kwargs.n if "validate" in prompts else rollout.n
+        self.hub.expect([image for image in images_of(prompts["extra_info"].tolist()) for _ in range(n)])
+        super().generate_sequences(prompts)
+
+
+class ManagerV0(_Thunder):
+    """Rows come back as a DataProto. verl's V0 trainer logs a manager's timing alone, so our figures are
+    there, as `timing_s/thunder/...`."""
+
+    @auto_await
+    async def generate_sequences(self, prompts: DataProto) -> DataProto:
+        """As verl's: returns when the rows are there."""
+        self.hub.expect(images_of(prompts.non_tensor_batch.get("extra_info", ())))
+        output: DataProto = await super().generate_sequences(prompts)
+        settle_failed_rows(output, prompts.non_tensor_batch.get("uid"))
+        return output
+
+    def _performance_metrics(self, metrics: list[list[dict[str, Any]]], output: DataProto) -> dict[str, float]:
+        timing: dict[str, float] = super()._performance_metrics(metrics, output)
+        rows: Iterable[Mapping[str, Any]] = output.non_tensor_batch.get("thunder", ())
+        return timing | thunder_figures(list(rows))
+
+
+def make_router(servers: Mapping[str, Any]) -> Any:
+    """Ours over these servers, as verl would make it."""
+    from thunder_rollout.verl_adapter.actor import ProgramRouter
+
+    config = OmegaConf.to_container(OmegaConf.load(conf_dir() / "verl/thunder_router.yaml"), resolve=True)
+    return ProgramRouter.remote(servers, config)
+
+
+def loop_settings(path: str) -> SweSettings:
+    """Those of `thunder_swe` in the agent loops' file, its defaults if it isn't there."""
+    entries: Any = OmegaConf.load(resolve_config_path(path))
+    for entry in entries:
+        if entry.name == AGENT_NAME:
+            return read_settings(entry.get("settings"))
+    return SweSettings()

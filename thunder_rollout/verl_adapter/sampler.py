@@ -1,0 +1,74 @@
+"""verl's replay buffers, which also log what the rollout of the batch was like.
+
+verl's V1 trainers have no way for a manager to log; what a sampler returns beside the batch they do log. Set
+
+    trainer.v1.sampler.custom_sampler.path=pkg://thunder_rollout.verl_adapter.sampler
+    trainer.v1.sampler.custom_sampler.name=make_sampler
+
+Sampling is verl's own. verl does not tell a custom sampler of `algorithm.filter_groups` and
+`sync_refill_failed_groups`: whoever wants them repeats them in `trainer.v1.sampler.sampler_kwargs`, where any
+argument of verl's `ReplayBuffer` may stand (`poll_interval` too, which verl offers nowhere else).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+import transfer_queue as tq
+from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
+
+from thunder_rollout.errors import ConfigError
+from thunder_rollout.verl_adapter.figures import agent_loop_timing, thunder_figures
+from thunder_rollout.verl_adapter.hub import find_hub
+
+
+class _WithFigures(ReplayBuffer):
+    def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict[str, Any]]:
+        """As verl's; validation is kept out of the figures."""
+        batch, metrics = super().sample(global_steps, partition_id, batch_size)
+        if partition_id == "train":
+            metrics = metrics | batch_figures(batch) | job_figures()
+        return batch, metrics
+
+
+class Sampler(_WithFigures, ReplayBuffer):
+    """For the trainer mode `sync`."""
+
+
+class AsyncSampler(_WithFigures, ReplayBufferAsync):
+    """For `colocate_async` and `separate_async`."""
+
+
+def make_sampler(*, trainer_mode: str, sampler_kwargs: Mapping[str, Any] | None = None, **given: Any) -> ReplayBuffer:
+    """verl's contract of a custom sampler. Raises `ConfigError` for an argument that verl's has not."""
+    wanted = dict(sampler_kwargs or {})
+    known = inspect.signature(ReplayBuffer.__init__).parameters
+    for name in wanted:
+        if name not in known or name in given:
+            free = ", ".join(sorted(set(known) - set(given) - {"self", "trainer_mode", "sampler_kwargs"}))
+            raise ConfigError(f"trainer.v1.sampler.sampler_kwargs.{name}: no such argument; there are: {free}")
+    cls = Sampler if trainer_mode == "sync" else AsyncSampler
+    return cls(trainer_mode=trainer_mode, sampler_kwargs=sampler_kwargs, **given, **wanted)
+
+
+def batch_figures(batch: KVBatchMeta) -> dict[str, float]:
+    """Of the rows that are sampled."""
+    if not batch.keys:
+        return {}
+    fields = ["metrics", "extra_fields"]
+    data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+    extra_fields = data["extra_fields"].tolist()
+    return agent_loop_timing(data["metrics"].tolist(), batch.tags) | thunder_figures(
+        [extra.get("thunder") for extra in extra_fields]
+    )
+
+
+def job_figures() -> dict[str, float]:
+    """Of the machinery since the last call: failures by kind, sandboxes, and the router's own."""
+    hub = find_hub()
+    figures: dict[str, float] = ray.get(hub.figures.remote()) if hub is not None else {}
+    return figures
