@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -94,11 +95,13 @@ class Balancer:
     server: ScriptedServer
     acquired: list[str] = field(default_factory=list)
     released: list[str | None] = field(default_factory=list)
-    error: Exception | None = None
+    grant: asyncio.Event = field(default_factory=asyncio.Event)  # set: requests are granted at once
 
-    def acquire(self, request_id: str) -> tuple[str, Any]:
-        if self.error is not None:
-            raise self.error
+    def __post_init__(self) -> None:
+        self.grant.set()
+
+    async def acquire(self, request_id: str) -> tuple[str, Any]:
+        await self.grant.wait()
         self.acquired.append(request_id)
         return "server0", self.server
 
@@ -128,6 +131,11 @@ def quiet(command: str) -> ExecResult:
 class FakeHosts:
     answer: Callable[[str], ExecResult] = quiet
     released: list[str] = field(default_factory=list)
+    prepared: list[str] = field(default_factory=list)
+
+    async def prepare(self, program: str, spec: SandboxSpec) -> float:
+        self.prepared.append(program)
+        return 0.0
 
     def sandbox(self, program: str, spec: SandboxSpec) -> FakeSandbox:
         return FakeSandbox(spec, self.answer)

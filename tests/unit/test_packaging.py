@@ -27,6 +27,7 @@ SHELL_SCRIPTS = [
     *ROOT.glob("launch/**/*.sh"),
     *ROOT.glob("launch/*.sbatch"),
     *ROOT.glob("recipes/**/*.sh"),
+    *ROOT.glob("recipes/**/*.sbatch"),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -149,6 +150,18 @@ async def test_every_request_of_a_program_bears_its_name_and_its_sandbox_is_rele
     (program,) = set(stand.balancer.acquired)
     assert stand.balancer.released == [program, program]
     assert stand.stages.hosts.released == [program]
+
+
+async def test_the_sandbox_starts_beside_the_first_turn_and_no_sooner() -> None:
+    stand = Stand([bash("ls"), SUBMIT])
+    stand.balancer.grant.clear()
+    playing = asyncio.create_task(stand.play())
+    await asyncio.sleep(0.3)
+    assert not stand.stages.hosts.prepared
+    stand.balancer.grant.set()
+    output = await playing
+    assert stand.stages.hosts.prepared == stand.stages.hosts.released
+    assert output.extra_fields["thunder"]["held_s"] >= 0.2
 
 
 async def test_special_tokens_that_a_tool_prints_are_defused() -> None:

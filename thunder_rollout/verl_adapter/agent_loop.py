@@ -30,7 +30,7 @@ from thunder_rollout.tasks.task import Task
 from thunder_rollout.tasks.verl_rows import task_of_verl_row
 from thunder_rollout.verl_adapter.chat import ContinuousChat
 from thunder_rollout.verl_adapter.client import VerlModel
-from thunder_rollout.verl_adapter.crew import Crew, make_crew
+from thunder_rollout.verl_adapter.crew import Crew, SandboxHosts, make_crew
 from thunder_rollout.verl_adapter.output import failed_row, played_row
 from thunder_rollout.verl_adapter.settings import read_settings
 from thunder_rollout.verl_adapter.staleness import stale_from
@@ -86,15 +86,9 @@ class SweAgentLoop(AgentLoopBase):
 
     async def _play(self, task: Task, loop: AgentLoop, model: VerlModel, *, attempts: int) -> AgentLoopOutput:
         stage = await self._crew.stages.stage(task)
-
-        @contextlib.asynccontextmanager
-        async def open_model(spec: SandboxSpec) -> AsyncIterator[VerlModel]:
-            try:
-                yield model
-            finally:
-                await asyncio.shield(stage.hosts.release(model.program))
-
-        played = await stage.player.play(model.program, task, loop, open_model)
+        played = await stage.player.play(
+            model.program, task, loop, lambda spec: _with_sandbox(stage.hosts, model, spec)
+        )
         return played_row(
             played,
             model,
@@ -112,6 +106,25 @@ class SweAgentLoop(AgentLoopBase):
             sampling=Sampling(max_tokens=1),
             max_model_len=rollout.max_model_len or rollout.prompt_length + rollout.response_length,
         )
+
+
+@contextlib.asynccontextmanager
+async def _with_sandbox(hosts: SandboxHosts, model: VerlModel, spec: SandboxSpec) -> AsyncIterator[VerlModel]:
+    """The program's sandbox starts beside its first turn, when that is granted: a program that is held has none."""
+    starting: list[asyncio.Task[float]] = []
+
+    def granted() -> None:
+        if not starting:
+            starting.append(asyncio.create_task(hosts.prepare(model.program, spec), name="prepare-sandbox"))
+
+    model.on_granted = granted
+    try:
+        yield model
+    finally:
+        for task in starting:
+            task.cancel()
+        await asyncio.gather(*starting, return_exceptions=True)  # who used the sandbox has heard
+        await asyncio.shield(hosts.release(model.program))
 
 
 class _Raw:

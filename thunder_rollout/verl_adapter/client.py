@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,10 +23,11 @@ from thunder_rollout.errors import EngineDied, EngineFailed, Stale, ThunderError
 _ABORTED = ("aborted", "abort")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True)
 class Route:
-    """Where a turn ran (last), and how long its requests were held before."""
+    """Where a turn ran (last), and how long its requests were held before. `on_granted` hears of each grant."""
 
+    on_granted: Callable[[], None]
     server: str = ""
     held_s: float = 0.0
 
@@ -39,23 +41,29 @@ class RoutedClient:
         self._acquire_of_class = type(client)._acquire_server
         self._routes: dict[str, Route] = {}
 
-    async def generate(self, program: str, prompt_ids: list[int], sampling_params: dict[str, Any]) -> tuple[Any, Route]:
+    async def generate(
+        self,
+        program: str,
+        prompt_ids: list[int],
+        sampling_params: dict[str, Any],
+        on_granted: Callable[[], None] = lambda: None,
+    ) -> tuple[Any, Route]:
         """One turn; of a program there is one at a time."""
-        self._routes[program] = Route()
+        route = self._routes[program] = Route(on_granted)
         try:
             output = await self._client.generate(
                 request_id=program, prompt_ids=prompt_ids, sampling_params=sampling_params
             )
-            return output, self._routes[program]
+            return output, route
         finally:
             del self._routes[program]
 
     async def _acquire(self, request_id: str, **declared: Any) -> tuple[str, Any]:
-        before = time.monotonic()
-        server, handle = await self._acquire_of_class(self._client, request_id, **declared)
-        route = self._routes[request_id]
-        self._routes[request_id] = Route(server=server, held_s=route.held_s + time.monotonic() - before)
-        return server, handle
+        before, route = time.monotonic(), self._routes[request_id]
+        route.server, handle = await self._acquire_of_class(self._client, request_id, **declared)
+        route.held_s += time.monotonic() - before
+        route.on_granted()
+        return route.server, handle
 
 
 @dataclass(slots=True)
@@ -83,6 +91,7 @@ class VerlModel:
     program: str
     sampling_params: dict[str, Any]
     stale_from: int | None = None
+    on_granted: Callable[[], None] = lambda: None
     versions: VersionSpan = field(default_factory=VersionSpan)
     num_preempted: int = -1  # verl's word for unknown
     has_logprobs: bool = True
@@ -118,7 +127,7 @@ class VerlModel:
             "stop_token_ids": list(sampling.stop_token_ids),
         }
         try:
-            output, route = await self.client.generate(self.program, prompt_ids, params)
+            output, route = await self.client.generate(self.program, prompt_ids, params, self.on_granted)
         except RayActorError as error:
             raise EngineDied(f"program {self.program}: a rollout replica or the router is gone: {error}") from error
         except RayTaskError as error:

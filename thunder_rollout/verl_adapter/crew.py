@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from thunder_rollout.agent.chat import ChatFormat
 from thunder_rollout.errors import ConfigError, InfrastructureFailure, SandboxFailed
 from thunder_rollout.runtime.episode import EpisodePlayer, EpisodeSettings, SandboxSource
+from thunder_rollout.sandbox.protocol import SandboxSpec
 from thunder_rollout.sandbox.remote import RemoteSandboxHosts
 from thunder_rollout.tasks.task import Task
 from thunder_rollout.verl_adapter.client import RoutedClient
@@ -18,6 +19,9 @@ from thunder_rollout.verl_adapter.versions import require_tested_verl
 
 
 class SandboxHosts(SandboxSource, Protocol):
+    async def prepare(self, program: str, spec: SandboxSpec) -> float:
+        """Start the program's sandbox; the seconds it took. Raises `SandboxFailed`, as whoever uses it then hears."""
+
     async def release(self, program: str) -> None:
         """Give up the program's sandbox, if it has one."""
 

@@ -8,6 +8,7 @@ asks again, and gets those of a new hub where the old one is dead.
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import uuid
 from collections import Counter
@@ -17,13 +18,20 @@ from typing import Any, Protocol
 
 import ray
 
-from thunder_rollout.errors import EngineDied, SandboxFailed
+from thunder_rollout.errors import EngineDied, InfrastructureFailure, SandboxFailed
 from thunder_rollout.remote import remote_call
 from thunder_rollout.sandbox.actor import create_sandbox_fleet
 from thunder_rollout.sandbox.config import SandboxConfig
 from thunder_rollout.sandbox.remote import FleetHandles, RemoteSandboxHosts
 
 MAX_CONCURRENCY = 10_000
+WATCH_S = 2.0
+
+
+class AgentWorkerDied(InfrastructureFailure):
+    """A process that ran agent loops is gone, and the samples it had with it."""
+
+    kind = "agent_worker_died"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +75,8 @@ class Hub:
         self._images: list[str] = []  # of the samples to come, in their order
         self._failures: Counter[str] = Counter()
         self._router: Any = None
+        self._watching: list[asyncio.Task[None]] = []
+        self._lost_workers: list[str] = []
 
     async def fleet(self, images: list[str]) -> Fleet:
         """Started by the first caller. Raises `ConfigError`, `SandboxFailed`."""
@@ -100,6 +110,23 @@ class Hub:
     def know_router(self, router: Any) -> None:
         """The handle of a `ProgramRouter`, whose figures are given with the others."""
         self._router = router
+
+    def watch(self, workers: dict[str, Callable[[], Awaitable[None]]]) -> None:
+        """`workers` are calls that the agent loop workers answer while they live, by name."""
+        self._watching += [asyncio.create_task(self._watch(name, call)) for name, call in workers.items()]
+
+    def lost_workers(self) -> list[str]:
+        """Why each that is gone is: the samples it had will never end, and verl waits for them for ever."""
+        return list(self._lost_workers)
+
+    async def _watch(self, name: str, call: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            try:
+                await call()
+            except AgentWorkerDied as error:
+                self._lost_workers.append(f"{name}: {error}")
+                return
+            await asyncio.sleep(WATCH_S)
 
     async def figures(self) -> dict[str, float]:
         """Failures since the last call, sandboxes now, and the router's own."""
@@ -137,6 +164,12 @@ class HubActor:
     async def know_router(self, router: Any) -> None:
         self._hub.know_router(router)
 
+    async def watch(self, workers: dict[str, Any]) -> None:
+        self._hub.watch({name: functools.partial(_answers, handle) for name, handle in workers.items()})
+
+    async def lost_workers(self) -> list[str]:
+        return self._hub.lost_workers()
+
     async def figures(self) -> dict[str, float]:
         return await self._hub.figures()
 
@@ -169,6 +202,10 @@ class RemoteHub:
     def know_router(self, router: Any) -> None:
         self._handle.know_router.remote(router)
 
+    def watch(self, workers: dict[str, Any]) -> None:
+        """`workers` are handles."""
+        self._handle.watch.remote(workers)
+
 
 def hub_name() -> str:
     """Of this job, for several may share a namespace."""
@@ -181,6 +218,13 @@ def find_hub() -> Any | None:
         return ray.get_actor(hub_name())
     except ValueError:
         return None
+
+
+async def _answers(handle: Any) -> None:
+    await remote_call(handle.__ray_call__.remote(_nothing), died=AgentWorkerDied, what="the agent loop worker")
+
+
+def _nothing(worker: Any) -> None: ...
 
 
 async def _open_fleet(config: SandboxConfig, images: list[str]) -> Fleet:

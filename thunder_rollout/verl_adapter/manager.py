@@ -4,7 +4,7 @@ verl's own managers, with three things beside them. The router is ours: where `r
 none, one is made of `conf/verl/thunder_router.yaml` over verl's servers. The agent loops are those of
 `conf/verl/thunder_swe.yaml` unless `agent.agent_loop_config_path` names others. And the job's hub belongs to
 the trainer's process, so that no agent loop worker's death ends the sandboxes of others; it knows the images
-of the samples to come in their order.
+of the samples to come in their order, and tells `sampler` of workers that died.
 
 V1 (TransferQueue, sync and async) and V0 (DataProto). Partial rollouts and the bound on staleness are verl's
 own: its client resumes what a weight update cuts, its sampler drops what is too old (see `staleness`).
@@ -32,7 +32,6 @@ from thunder_rollout.verl_adapter.settings import SweSettings, read_settings
 from thunder_rollout.verl_adapter.versions import require_tested_verl
 
 OUR_ROUTER = "thunder_rollout.verl_adapter.ProgramRouter"
-_FIXED_POOL = ("sync", "colocate_async")  # trainer modes in which verl's servers stay the same
 
 
 class Manager:
@@ -56,6 +55,7 @@ class _Thunder(AgentLoopManager):
         self.hub = RemoteHub(loop_settings(agent.agent_loop_config_path).sandbox)
         self.hub.know_router(await self._our_router())
         await super()._init_agent_loop_workers()
+        self.hub.watch({f"agent loop worker {i}": worker for i, worker in enumerate(self.agent_loop_workers)})
 
     async def _our_router(self) -> Any:
         """The one verl made of its configuration, or a new one, which the workers' client then asks."""
@@ -69,11 +69,11 @@ class _Thunder(AgentLoopManager):
                     f"{OUR_ROUTER}, or leave the path null"
                 )
             return self.llm_client._load_balancer
-        mode = self.config.trainer.v1.trainer_mode
-        if self.config.transfer_queue.enable and mode not in _FIXED_POOL:
+        config = self.config
+        if config.trainer.v1.trainer_mode == "separate_async" and config.actor_rollout_ref.hybrid_engine:
             raise ConfigError(
-                f"actor_rollout_ref.rollout.router_config_path: must name conf/verl/thunder_router.yaml under "
-                f"trainer.v1.trainer_mode={mode}, whose servers come and go"
+                "actor_rollout_ref.rollout.router_config_path: must name conf/verl/thunder_router.yaml under "
+                "trainer.v1.trainer_mode=separate_async with hybrid_engine=true, whose servers come and go"
             )
         servers = await self.llm_client._load_balancer.__ray_call__.remote(lambda balancer: dict(balancer._servers))
         self.llm_client._load_balancer = make_router(servers)
@@ -111,7 +111,7 @@ class ManagerV0(_Thunder):
 
 def make_router(servers: Mapping[str, Any]) -> Any:
     """Ours over these servers, as verl would make it."""
-    from thunder_rollout.verl_adapter.actor import ProgramRouter
+    from thunder_rollout.verl_adapter.router.actor import ProgramRouter
 
     config = OmegaConf.to_container(OmegaConf.load(conf_dir() / "verl/thunder_router.yaml"), resolve=True)
     return ProgramRouter.remote(servers, config)

@@ -1,4 +1,4 @@
-"""verl's replay buffers, which also log what the rollout of the batch was like.
+"""verl's replay buffers, which also log what the rollout of the batch was like, and notice dead workers.
 
 verl's V1 trainers have no way for a manager to log; what a sampler returns beside the batch they do log. Set
 
@@ -23,7 +23,7 @@ from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 
 from thunder_rollout.errors import ConfigError
 from thunder_rollout.verl_adapter.figures import agent_loop_timing, thunder_figures
-from thunder_rollout.verl_adapter.hub import find_hub
+from thunder_rollout.verl_adapter.hub import AgentWorkerDied, find_hub
 
 
 class _WithFigures(ReplayBuffer):
@@ -33,6 +33,17 @@ class _WithFigures(ReplayBuffer):
         if partition_id == "train":
             metrics = metrics | batch_figures(batch) | job_figures()
         return batch, metrics
+
+    def _wait_for_next_poll(self, partition_id: str, last_debug_time: float) -> float:
+        """Raises `AgentWorkerDied`, for what a dead worker had verl would wait for without end."""
+        hub = find_hub()
+        if hub is not None and (lost := ray.get(hub.lost_workers.remote())):
+            raise AgentWorkerDied(
+                f"{'; '.join(lost)}. Start the run again: with trainer.resume_mode=auto it goes on from its last "
+                "checkpoint"
+            )
+        waited: float = super()._wait_for_next_poll(partition_id, last_debug_time)
+        return waited
 
 
 class Sampler(_WithFigures, ReplayBuffer):

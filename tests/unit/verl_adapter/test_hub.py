@@ -10,7 +10,7 @@ import pytest
 
 from thunder_rollout.errors import SandboxFailed
 from thunder_rollout.sandbox.remote import FleetHandles
-from thunder_rollout.verl_adapter.hub import Fleet, Hub
+from thunder_rollout.verl_adapter.hub import AgentWorkerDied, Fleet, Hub
 
 FLEET = Fleet(run="r", handles=FleetHandles(fleet=None, hosts=()), backend="fake")
 
@@ -106,3 +106,23 @@ async def test_figures_count_failures_since_the_last_call_and_hold_the_routers()
     assert (figures["thunder/failures/all"], figures["thunder/sandboxes"]) == (3.0, 3.0)
     assert figures["thunder/router/held_s"] == 2.0
     assert (await hub.figures())["thunder/failures/all"] == 0.0
+
+
+async def test_a_worker_that_died_is_told_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("thunder_rollout.verl_adapter.hub.WATCH_S", 0.0)
+    answers = {"a": 3, "b": 1000}
+
+    def call(name: str) -> Any:
+        async def answer() -> None:
+            await asyncio.sleep(0)
+            answers[name] -= 1
+            if not answers[name]:
+                raise AgentWorkerDied("it was killed")
+
+        return answer
+
+    hub = Hub(Opened(), lambda _: Hosts())
+    hub.watch({name: call(name) for name in answers})
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert hub.lost_workers() == ["a: it was killed"]
