@@ -21,6 +21,7 @@ from verl.protocol import DataProto
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ
 from verl.utils.import_utils import resolve_config_path
 from verl.utils.ray_utils import auto_await
+from verl.workers.rollout.router import get_router_handle
 
 from thunder_rollout.config import conf_dir
 from thunder_rollout.errors import ConfigError
@@ -110,11 +111,8 @@ class ManagerV0(_Thunder):
 
 
 def make_router(servers: Mapping[str, Any]) -> Any:
-    """Ours over these servers, as verl would make it."""
-    from thunder_rollout.verl_adapter.router.actor import ProgramRouter
-
-    config = OmegaConf.to_container(OmegaConf.load(conf_dir() / "verl/thunder_router.yaml"), resolve=True)
-    return ProgramRouter.remote(servers, config)
+    """Ours over these servers, made as verl makes one that its configuration names."""
+    return get_router_handle(servers=dict(servers), router_config_path=str(conf_dir() / "verl/thunder_router.yaml"))
 
 
 def loop_settings(path: str) -> SweSettings:
