@@ -39,12 +39,14 @@ class Backend:
         "used_tokens",
     )
 
-    def __init__(self, name: str, *, generation: int, capacity_tokens: int, max_running: int) -> None:
+    def __init__(
+        self, name: str, *, generation: int, capacity_tokens: int, max_running: int, updating: bool = False
+    ) -> None:
         self.name = name
         self.generation = generation
         self.capacity_tokens = capacity_tokens
         self.max_running = max_running
-        self.updating = False  # its weights are being replaced: no turn is admitted
+        self.updating = updating  # its weights are being replaced: no turn is admitted
         self.used_tokens: int | None = None  # as the engine last reported
         self.programs: dict[str, Program] = {}
         self.grants: dict[int, str] = {}  # grant -> program

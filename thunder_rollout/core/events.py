@@ -97,7 +97,8 @@ class BackendUp:
     `block_size` is the tokens behind one hash of `TurnRequested.block_hashes`; without it, the power
     of two that the first hashed prompt's length allows. `offload_tokens` of KV are kept in host memory
     as well, written through and least recently used first out; 0: there is no such tier. Where it
-    `releases`, what only programs that gave their KV up have in its cache goes before the rest.
+    `releases`, what only programs that gave their KV up have in its cache goes before the rest. With
+    `updating` its gate is shut from the start (see `WeightsUpdating`).
     """
 
     backend: str
@@ -107,6 +108,7 @@ class BackendUp:
     block_size: int | None = None
     offload_tokens: int = 0
     releases: bool = False
+    updating: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

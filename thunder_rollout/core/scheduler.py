@@ -224,6 +224,7 @@ class Scheduler:
                 generation=event.generation,
                 capacity_tokens=event.capacity_tokens,
                 max_running=event.max_running,
+                updating=event.updating,
             )
         )
         self._reject_oversized(before)

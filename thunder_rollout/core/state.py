@@ -98,7 +98,7 @@ class State:
         self.backends[backend.name] = backend
         self.generations[backend.name] = backend.generation
         self._measure()
-        self._idle[backend.name] = backend
+        self._refresh_idle(backend)
 
     def remove_backend(self, backend: Backend) -> None:
         assert not backend.programs

@@ -78,6 +78,7 @@ CONFIGS = st.builds(
         patience_s=st.sampled_from([0.0, 5.0]),
         lookahead=st.integers(1, 8),
         max_refill_share=st.sampled_from([0.1, 1.0]),
+        silent_ends=st.booleans(),
         rebalance_on_update=st.booleans(),
     ),
     ttl=st.builds(TtlConfig, default_ttl_s=st.sampled_from([0.0, 5.0])),
@@ -144,8 +145,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         capacity_tokens=st.integers(100, 2000),
         offload_tokens=st.sampled_from([0, 0, 300, 5000]),
         releases=st.booleans(),
+        updating=st.booleans(),
     )
-    def up(self, name: str, capacity_tokens: int, offload_tokens: int = 0, releases: bool = False) -> None:
+    def up(
+        self,
+        name: str,
+        capacity_tokens: int,
+        offload_tokens: int = 0,
+        releases: bool = False,
+        updating: bool = False,
+    ) -> None:
         generation = self.generations[name] = self.generations.get(name, 0) + 1
         self.send(
             BackendUp(
@@ -155,6 +164,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 max_running=4,
                 offload_tokens=offload_tokens,
                 releases=releases,
+                updating=updating,
             )
         )
 

@@ -264,6 +264,26 @@ def test_learned_tool_times_decide_who_is_held() -> None:
     assert shell.ask("q", 700) == []
 
 
+def test_a_program_that_left_without_a_word_is_noticed_by_how_long_it_is_away() -> None:
+    """While it may be at a tool as short as those before, holding it pays; nobody announces its end."""
+    shell = adaptive(prior_prefill_token_s=1e-2, silent_ends=True)
+    for _ in range(30):
+        shell.ask("p", 300)
+        shell.now += 3.0
+        shell.end("p", 1)
+        shell.now += 0.5
+    shell.ask("p", 300)
+    shell.ask("keeper", 100)
+    shell.end("p", 1)
+    assert shell.ask("q", 700) == []
+    assert shell.tick(0.5) == []
+    assert [who(shell.tick(5.0)) for _ in range(6)].count(["q"]) == 1
+    assert shell.scheduler._state.programs["p"].backend is None
+    shell.end("q", 1)
+    shell.send(ProgramEnded(program="q"))
+    assert who(shell.ask("p", 320)) == ["p"], "and back it is"
+
+
 def test_an_announced_duration_is_believed_until_it_is_over() -> None:
     shell = adaptive()
     shell.ask("p", 300)

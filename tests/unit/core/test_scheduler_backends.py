@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from unittest.mock import ANY
+
 import pytest
 
 from thunder_rollout.core.config import SchedulerConfig
@@ -164,3 +166,12 @@ def test_a_bad_event_is_refused_and_changes_nothing(event: Event, message: str) 
     with pytest.raises(BadEvent, match=message):
         shell.send(event)
     assert shell.scheduler.snapshot() == before
+
+
+def test_a_backend_may_come_up_with_its_gate_shut() -> None:
+    shell = sticky()
+    shell.ask("p", 100, request="first")
+    up = BackendUp(backend="a", generation=1, capacity_tokens=1000, max_running=8, updating=True)
+    assert shell.send(up) == []
+    assert shell.ask("q", 2000, request="large")[0] == Reject(program="q", request="large", why=ANY)
+    assert [decision.request for decision in shell.send(WeightsUpdated(backends=("a",)))] == ["first"]

@@ -54,6 +54,18 @@ def test_censored_programs_count_for_the_seconds_they_were_seen() -> None:
     assert naive.remaining_s(0.0) < 7.0
 
 
+def test_what_still_acts_counts_once_however_often_it_is_told() -> None:
+    whole, pieces = Survival(1.0, 1.0), Survival(1.0, 1.0)
+    whole.add(7.0, returned=True)
+    for seen_s, acted_s in ((0.0, 0.03), (0.03, 1.5), (1.5, 6.5)):
+        pieces.add_acting(seen_s, acted_s)
+    assert pieces.remaining_s(6.0) > whole.remaining_s(6.0), "it has not returned yet"
+    pieces.add(7.0, returned=True, seen_s=6.5)
+    assert [pieces.remaining_s(t) for t in (0.0, 1.0, 5.0)] == pytest.approx(
+        [whole.remaining_s(t) for t in (0.0, 1.0, 5.0)], rel=1e-4
+    )
+
+
 def test_a_new_tool_borrows_from_the_others() -> None:
     known = times()
     for _ in range(50):

@@ -19,11 +19,13 @@ from thunder_rollout.core.events import (
     BackendUp,
     Event,
     FinishReason,
+    Tick,
     ToolStarted,
     TurnEnded,
     TurnRequested,
     WeightsUpdated,
 )
+from thunder_rollout.core.policies.adaptive.absences import Absences
 from thunder_rollout.core.policies.adaptive.accounts import BackendAccount, ProgramAccount, Run
 from thunder_rollout.core.policies.adaptive.groups import Groups
 from thunder_rollout.core.policies.adaptive.growth import Growth
@@ -54,6 +56,7 @@ class Ledger:
         self.return_times = ReturnTimes(
             decay_base=config.decay_base, decay_unit_s=config.decay_unit_s, prior_weight=config.prior_returns
         )
+        self._absences = Absences(self.return_times, silent_ends=config.silent_ends)
         self._fleet_model = self._new_model()
         self.groups = Groups()
         self._ended: dict[int, Run] = {}
@@ -119,14 +122,8 @@ class Ledger:
         return min(1.0, model.load_s(1.0) / model.prefill_s(1.0, program.context_tokens))
 
     def absence_s(self, program_id: str) -> float:
-        """Expected seconds until its next request: of the tool call it is in, or of the one that comes next."""
-        program = self.programs[program_id]
-        if program.acting_since_s is None:
-            return self.return_times.of(program.last_tool).remaining_s(0.0)
-        elapsed_s = self.now - program.acting_since_s
-        if program.expected_s is not None and elapsed_s < program.expected_s:
-            return program.expected_s - elapsed_s
-        return self.return_times.of(program.tool).remaining_s(elapsed_s)
+        """Expected seconds until its next request."""
+        return self._absences.remaining_s(self.programs[program_id], self.now)
 
     def peak_tokens(self, program: ProgramView, backend: BackendAccount, added_tokens: float) -> float:
         """The most that the backend is expected to need at once if the program joins: all grow at one
@@ -232,6 +229,8 @@ class Ledger:
                 self.backends[event.backend].lose_sight(self.tree)
             case WeightsUpdated():
                 self._void_caches(event.backends)
+            case Tick():
+                self._absences.look(self.programs, self.now)
             case _:
                 pass
 
@@ -264,10 +263,12 @@ class Ledger:
         """Note when it began acting, and learn from it when it comes back."""
         acting_since_s = program.acting_since_s if program.phase is Phase.ACTING else None
         if account.acting_since_s is not None and acting_since_s is None:
-            self.return_times.add(account.tool, self.now - account.acting_since_s, returned=program.has_open)
+            self._absences.ended(account, self.now, returned=program.has_open)
             account.last_tool, account.tool, account.expected_s = account.tool, None, None
-        if acting_since_s is not None and account.acting_since_s is None and program.backend is not None:
-            self.began_acting[program.backend] = None
+        if acting_since_s is not None and account.acting_since_s is None:
+            self._absences.began(program.program_id, account, acting_since_s, self.now)
+            if program.backend is not None:
+                self.began_acting[program.backend] = None
         account.acting_since_s = acting_since_s
 
     def _charge(self, account: ProgramAccount, sign: int) -> None:
@@ -314,7 +315,7 @@ class Ledger:
     def _forget(self, program_id: str, account: ProgramAccount) -> None:
         self._charge_curve(account, None)
         if account.acting_since_s is not None:
-            self.return_times.add(account.tool, self.now - account.acting_since_s, returned=False)
+            self._absences.ended(account, self.now, returned=False)
         if program_id in self.tree:
             self.tree.remove(program_id)
         if account.last_backend is not None:

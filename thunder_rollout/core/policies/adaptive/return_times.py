@@ -16,6 +16,7 @@ _NUM_CELLS = 24  # edges double: the last finite one lies at five days
 _MEAN_RETURNS = 256  # a running mean forgets at this pace
 _SEEN_A_FIT = 16  # the estimate follows one in so many of what was seen behind
 _LEAST_PRIOR_S = 1e-6  # of the prior in each cell, so that a hazard is always defined
+_FEW = 0.01  # of the prior
 _EDGES = (0.0, *(_FIRST_EDGE_S * 2.0**index for index in range(_NUM_CELLS - 1)), math.inf)
 
 
@@ -30,22 +31,25 @@ class Survival:
         self._exposure_s = [0.0] * _NUM_CELLS
         self._remaining_s: list[float] | None = None  # expected, at the start of each cell
         self._hazards: list[float] = []
+        self._watches = False
         self.num_returns = 0
         self._num_seen = self._num_fitted = 0
 
-    def add(self, acted_s: float, *, returned: bool) -> None:
-        """The program acted for `acted_s` and then came back, or was lost to sight."""
-        for cell in range(_NUM_CELLS):
-            start, end = _EDGES[cell], _EDGES[cell + 1]
-            if acted_s < end:
-                self._exposure_s[cell] += acted_s - start
-                self._returns[cell] += returned
-                break
-            self._exposure_s[cell] += end - start
+    def add(self, acted_s: float, *, returned: bool, seen_s: float = 0.0) -> None:
+        """The program acted for `acted_s` and then came back, or was lost to sight; what it acted until
+        `seen_s` is known from `add_acting`."""
+        self._expose(seen_s, acted_s)
+        self._returns[_cell_of(acted_s)] += returned
         self.num_returns += returned
         self._num_seen += 1
         if self._num_seen > self._num_fitted * (1 + 1 / _SEEN_A_FIT):
             self._remaining_s = None
+
+    def add_acting(self, seen_s: float, acted_s: float) -> None:
+        """A program that acts for `acted_s` by now still does; it was last seen so after `seen_s`."""
+        self._expose(seen_s, acted_s)
+        self._remaining_s = None
+        self._watches = True
 
     def remaining_s(self, elapsed_s: float) -> float:
         """Expected seconds until it returns, given that it has not after `elapsed_s`."""
@@ -67,6 +71,11 @@ class Survival:
                 break
         return math.exp(-exponent)
 
+    def _expose(self, start_s: float, end_s: float) -> None:
+        for cell in range(_cell_of(start_s), _cell_of(end_s) + 1):
+            start, end = max(start_s, _EDGES[cell]), min(end_s, _EDGES[cell + 1])
+            self._exposure_s[cell] += max(0.0, end - start)
+
     def _table(self) -> list[float]:
         if self._remaining_s is None:
             self._num_fitted = self._num_seen
@@ -80,18 +89,26 @@ class Survival:
         return self._remaining_s
 
     def _estimate(self) -> list[float]:
-        """The prior counts as `prior_weight` programs that follow it: so many seconds and returns a cell."""
+        """The prior counts as `prior_weight` programs that follow it: so many seconds and returns a cell.
+
+        Where programs may be gone without a word, the prior says nothing of a time when next to none of those
+        would be left: beyond all data the rate goes on as it was, or as for a program that is expected to be away
+        for as long again.
+        """
         if self._base is None:
             priors = [1.0 / self._prior_mean_s] * _NUM_CELLS
         else:
             self._base._table()
             priors = self._base._hazards
-        hazards = []
+        hazards: list[float] = []
         programs = self._prior_weight
         for cell, prior in enumerate(priors):
             still = programs * math.exp(-min(700.0, prior * (_EDGES[cell + 1] - _EDGES[cell])))
             prior_s = max((programs - still) / prior, _LEAST_PRIOR_S)
-            hazards.append((self._returns[cell] + prior * prior_s) / (self._exposure_s[cell] + prior_s))
+            if self._watches and not self._exposure_s[cell] and programs < _FEW * self._prior_weight:
+                hazards.append(max(hazards[-1], 1.0 / _EDGES[cell]) if self._base is None else prior)
+            else:
+                hazards.append((self._returns[cell] + prior * prior_s) / (self._exposure_s[cell] + prior_s))
             programs = still
         return hazards
 
@@ -110,13 +127,20 @@ class ReturnTimes:
     def of(self, tool: str | None) -> Survival:
         return self._tools.get(tool, self._all)
 
-    def add(self, tool: str | None, acted_s: float, *, returned: bool) -> None:
-        if tool not in self._tools:
-            self._tools[tool] = Survival(self._mean_s, self._prior_weight, self._all)
-        self._all.add(acted_s, returned=returned)
-        self._tools[tool].add(acted_s, returned=returned)
+    def add(self, tool: str | None, acted_s: float, *, returned: bool, seen_s: float = 0.0) -> None:
+        for estimate in (self._all, self._own(tool)):
+            estimate.add(acted_s, returned=returned, seen_s=seen_s)
         if returned:
             self.recent_s += (acted_s - self.recent_s) / min(self._all.num_returns, _MEAN_RETURNS)
+
+    def add_acting(self, tool: str | None, seen_s: float, acted_s: float) -> None:
+        for estimate in (self._all, self._own(tool)):
+            estimate.add_acting(seen_s, acted_s)
+
+    def _own(self, tool: str | None) -> Survival:
+        if tool not in self._tools:
+            self._tools[tool] = Survival(self._mean_s, self._prior_weight, self._all)
+        return self._tools[tool]
 
 
 def _cell_of(elapsed_s: float) -> int:

@@ -1,0 +1,55 @@
+"""How long programs are away: each is watched from the end of a turn to its next request, or its own end.
+
+Where nobody announces that a program ended (`silent_ends`; verl tells its router of none), those that still
+act teach as well, each time that they have been away for twice as long: the longer one is away, the longer it
+is expected to be.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+from thunder_rollout.core.policies.adaptive.accounts import ProgramAccount
+from thunder_rollout.core.policies.adaptive.return_times import ReturnTimes
+
+_FIRST_LOOK_S = 1.0  # most are back before
+
+
+class Absences:
+    def __init__(self, return_times: ReturnTimes, *, silent_ends: bool) -> None:
+        self._times = return_times
+        self._silent_ends = silent_ends
+        self._looks: list[tuple[float, str, float]] = []  # when to look at it again, whom, acting since
+
+    def began(self, program_id: str, account: ProgramAccount, since_s: float, now: float) -> None:
+        """It acts since then; longer than since now where a request of it was withdrawn."""
+        account.seen_acting_s = now - since_s
+        if self._silent_ends:
+            heapq.heappush(self._looks, (now + _FIRST_LOOK_S, program_id, since_s))
+
+    def ended(self, account: ProgramAccount, now: float, *, returned: bool) -> None:
+        """It came back, or was lost to sight."""
+        assert account.acting_since_s is not None
+        acted_s = now - account.acting_since_s
+        self._times.add(account.tool, acted_s, returned=returned, seen_s=account.seen_acting_s)
+
+    def look(self, accounts: dict[str, ProgramAccount], now: float) -> None:
+        """Learn from those that still act; to be called as time passes."""
+        while self._looks and self._looks[0][0] <= now:
+            _, program_id, since_s = heapq.heappop(self._looks)
+            account = accounts.get(program_id)
+            if account is None or account.acting_since_s != since_s:
+                continue
+            acted_s = now - since_s
+            self._times.add_acting(account.tool, account.seen_acting_s, acted_s)
+            account.seen_acting_s = acted_s
+            heapq.heappush(self._looks, (now + acted_s, program_id, since_s))
+
+    def remaining_s(self, account: ProgramAccount, now: float) -> float:
+        """Expected seconds until its next request: of the tool call it is in, or of the one that comes next."""
+        if account.acting_since_s is None:
+            return self._times.of(account.last_tool).remaining_s(0.0)
+        elapsed_s = now - account.acting_since_s
+        if account.expected_s is not None and elapsed_s < account.expected_s:
+            return account.expected_s - elapsed_s
+        return self._times.of(account.tool).remaining_s(elapsed_s)
