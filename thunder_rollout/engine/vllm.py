@@ -73,7 +73,7 @@ class VllmEngine:
         self._engine = await asyncio.shield(self._loading)
         vllm_config = self._engine.vllm_config
         self._releases = self._config.release_on_pause and vllm_config.scheduler_config.scheduler_cls is not None
-        self._capacity_tokens = _capacity_tokens(vllm_config)
+        self._capacity_tokens = kv_capacity_tokens(vllm_config)
         self._limits = RequestLimits(
             vocab_size=vllm_config.model_config.get_vocab_size(),
             max_model_len=vllm_config.model_config.max_model_len,
@@ -293,7 +293,7 @@ def _exit_code(engine: Any) -> int | None:
     return next((code for code in codes if code is not None), None)
 
 
-def _capacity_tokens(vllm_config: Any) -> int:
+def kv_capacity_tokens(vllm_config: Any) -> int:
     """KV tokens that turns can hold: all blocks but the one vLLM keeps for itself.
 
     Counted through the number of full-length turns that fit, which is right also where a model has

@@ -219,10 +219,10 @@ class SchedulerService:
             case Reject(request=request, why=why):
                 self._fail_waiter(request, Rejected(why))
             case PrepareSandbox(program=program, by_s=by_s):
-                self._preparing[program] = self._spawn(self._prepare(program, within_s=by_s - now))
+                self._preparing[program] = self.spawn(self._prepare(program, within_s=by_s - now))
             case ReleaseSandbox(program=program):
                 self._preparing.pop(program, None)
-                self._spawn(self._release(program))
+                self.spawn(self._release(program))
             case Expire(program=program, reason=reason, requests=requests):
                 logger.warning("program=%s expired: %s", program, reason)
                 for request in requests:
@@ -291,7 +291,8 @@ class SchedulerService:
         for request in list(self._waiting):
             self._fail_waiter(request, self._broken)
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+    def spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        """Run what belongs to the service beside it, until `stop`; a failure there breaks the service."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._reap)
