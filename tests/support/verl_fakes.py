@@ -78,6 +78,17 @@ class ScriptedServer:
         return Method(self.generate_now)
 
 
+@dataclass
+class Notes:
+    """Methods that are called without waiting for them."""
+
+    name: str
+    heard: list[tuple[str, ...]]
+
+    def remote(self, *told: str) -> None:
+        self.heard.append((self.name, *told))
+
+
 class _ReleaseMethod:
     """Called without waiting for it."""
 
@@ -95,6 +106,7 @@ class Balancer:
     server: ScriptedServer
     acquired: list[str] = field(default_factory=list)
     released: list[str | None] = field(default_factory=list)
+    heard: list[tuple[str, ...]] | None = None  # None: it is verl's own, which hears of nothing
     grant: asyncio.Event = field(default_factory=asyncio.Event)  # set: requests are granted at once
 
     def __post_init__(self) -> None:
@@ -115,6 +127,8 @@ class Balancer:
                 return Method(list)
             case "require_release_fields":
                 return Method(lambda: ["request_id"])
+            case "tool_started" | "program_ended" if self.heard is not None:
+                return Notes(name, self.heard)
             case _:
                 raise AttributeError(name)
 

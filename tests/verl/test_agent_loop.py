@@ -53,12 +53,13 @@ class Stand:
         tokenizer: Any = None,
         client_cls: type[LLMServerClient] = LLMServerClient,
         logprobs: bool = True,
+        heard: list[tuple[str, ...]] | None = None,
     ) -> None:
         self.tokenizer = tokenizer or byte_tokenizer()
         self.config: DictConfig = verl_config(*LIMITS, *overrides)
         self.chat = ChatFormat(self.tokenizer)
         self.server = ScriptedServer(self.encode, self.chat.end_id, texts, logprobs=logprobs)
-        self.balancer = Balancer(self.server)
+        self.balancer = Balancer(self.server, heard=heard)
         self.stages = FakeStages()
         client = client_of(self.config, self.balancer, client_cls)
         crew = Crew(settings=read_settings(settings), client=RoutedClient(client), chat=self.chat, stages=self.stages)
@@ -162,6 +163,13 @@ async def test_the_sandbox_starts_beside_the_first_turn_and_no_sooner() -> None:
     output = await playing
     assert stand.stages.hosts.prepared == stand.stages.hosts.released
     assert output.extra_fields["thunder"]["held_s"] >= 0.2
+
+
+async def test_a_router_that_listens_hears_of_tools_and_of_the_programs_end() -> None:
+    stand = Stand([bash("ls"), SUBMIT], heard=[])
+    await stand.play()
+    program = stand.balancer.acquired[0]
+    assert stand.balancer.heard == [("tool_started", program, "bash"), ("program_ended", program)]
 
 
 async def test_special_tokens_that_a_tool_prints_are_defused() -> None:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
+from pyarrow import parquet
 from verl.protocol import DataProto
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
+from verl.utils import tensordict_utils as tu
 from verl.utils.import_utils import load_class_from_fqn, load_extern_type
 
 from tests.support.verl_fakes import verl_config
 from thunder_rollout.errors import ConfigError
+from thunder_rollout.tasks.toy import generate
+from thunder_rollout.tasks.verl_rows import verl_row
 from thunder_rollout.verl_adapter import manager as module
-from thunder_rollout.verl_adapter.batches import images_of, settle_failed_rows
+from thunder_rollout.verl_adapter import sampler
+from thunder_rollout.verl_adapter.batches import images_of, images_of_files, settle_failed_rows
 from thunder_rollout.verl_adapter.manager import Manager, ManagerV0, ManagerV1
 from thunder_rollout.verl_adapter.sampler import make_sampler
 
@@ -23,7 +30,7 @@ GIVEN = {"max_off_policy_threshold": 8, "max_off_policy_strategy": "drop", "refi
 
 
 def test_verl_finds_the_manager_and_the_sampler_by_their_names() -> None:
-    assert load_class_from_fqn("thunder_rollout.verl_adapter.manager.Manager", "AgentLoopManager") is Manager
+    assert load_class_from_fqn("thunder_rollout.verl_adapter.Manager", "AgentLoopManager") is Manager
     assert load_extern_type("pkg://thunder_rollout.verl_adapter.sampler", "make_sampler") is make_sampler
 
 
@@ -86,8 +93,51 @@ async def test_the_router_that_verl_made_stays(tmp_path: Any) -> None:
     assert await manager._our_router() is manager.llm_client._load_balancer
 
 
+class Hub:
+    def __init__(self) -> None:
+        self.expected: list[str] = []
+
+    def expect(self, images: list[str]) -> None:
+        self.expected += images
+
+
+@pytest.mark.parametrize(("validate", "samples"), [(False, 3), (True, 2)])
+def test_a_batch_tells_the_hub_what_images_come_in_their_order(validate: bool, samples: int) -> None:
+    manager: Any = manager_of("actor_rollout_ref.rollout.n=3", "actor_rollout_ref.rollout.val_kwargs.n=2")
+    manager.hub = Hub()
+    rows = np.array([{"image": "a"}, {"image": "b"}], dtype=object)
+    batch = tu.get_tensordict({"uid": np.array(["u", "v"], dtype=object), "extra_info": rows})
+    tu.assign_non_tensor_data(batch, "global_steps", 1)
+    if validate:
+        tu.assign_non_tensor_data(batch, "validate", True)
+    manager.agent_loop_workers = []
+    with pytest.raises(ValueError):  # verl's own part, which has nobody to hand the rows to
+        manager.generate_sequences(batch)
+    assert manager.hub.expected == ["a"] * samples + ["b"] * samples
+
+
+def test_figures_are_read_of_the_rows_as_the_queue_gives_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = {"generate_sequences": 2.0, "tool_calls": 1.0, "compute_score": 0.0}
+    rows = [{"metrics": metrics, "extra_fields": {"thunder": None}}, {"metrics": metrics, "extra_fields": {}}]
+    stored = tu.list_of_dict_to_tensordict(rows)
+    monkeypatch.setattr(sampler.tq, "kv_batch_get", lambda **asked: stored)
+    tags = [{"prompt_len": 1, "response_len": 2}] * 2
+    batch = sampler.KVBatchMeta(partition_id="train", keys=["u_0_0", "u_1_0"], tags=tags)
+    assert sampler.batch_figures(batch)["timing_s/agent_loop/generate_sequences/mean"] == 2.0
+    assert sampler.batch_figures(sampler.KVBatchMeta(partition_id="train", keys=[], tags=[])) == {}
+
+
 def test_images_are_those_of_rows_that_name_one() -> None:
     assert images_of([{"image": "a"}, None, {}, {"image": "b"}]) == ["a", "b"]
+
+
+def test_images_are_read_out_of_the_files_that_have_them(tmp_path: Path) -> None:
+    tasks = generate(seed=0, count=3, difficulty="easy")
+    rows = [verl_row(task, split="train", index=place) for place, task in enumerate(tasks)]
+    ours, others = str(tmp_path / "ours.parquet"), str(tmp_path / "others.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(rows), ours)
+    parquet.write_table(pyarrow.Table.from_pylist([{"prompt": "p", "extra_info": {"index": 0}}]), others)
+    assert images_of_files([ours, others, "hdfs://elsewhere.parquet"]) == [tasks[0].image]
 
 
 def test_a_failed_row_leaves_the_mean_of_its_group_where_it_is() -> None:
@@ -109,9 +159,9 @@ def test_a_failed_row_leaves_the_mean_of_its_group_where_it_is() -> None:
 @pytest.mark.parametrize(("mode", "kind"), [("sync", ReplayBuffer), ("separate_async", ReplayBufferAsync)])
 def test_the_sampler_is_verls_own_of_the_mode_with_the_arguments_repeated(mode: str, kind: type) -> None:
     wanted = {"poll_interval": 0.1, "sync_refill_failed_groups": True, "gen_batch_size": 1}
-    sampler = make_sampler(trainer_mode=mode, trainer_config={}, sampler_kwargs=wanted, **GIVEN)
-    assert isinstance(sampler, kind)
-    assert (sampler.poll_interval, sampler.sync_refill_failed_groups) == (0.1, True)
+    buffer = make_sampler(trainer_mode=mode, trainer_config={}, sampler_kwargs=wanted, **GIVEN)
+    assert isinstance(buffer, kind)
+    assert (buffer.poll_interval, buffer.sync_refill_failed_groups) == (0.1, True)
 
 
 @pytest.mark.parametrize("name", ["pol_interval", "refill_fn"])

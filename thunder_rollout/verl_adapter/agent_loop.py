@@ -121,6 +121,7 @@ async def _with_sandbox(hosts: SandboxHosts, model: VerlModel, spec: SandboxSpec
     try:
         yield model
     finally:
+        model.client.program_ended(model.program)
         for task in starting:
             task.cancel()
         await asyncio.gather(*starting, return_exceptions=True)  # who used the sandbox has heard

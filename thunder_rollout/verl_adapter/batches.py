@@ -1,11 +1,13 @@
-"""Batches in verl's V0 form, and what is read of rows in either."""
+"""Batches in verl's V0 form, and what is read of rows, of either form or in their files."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from pyarrow import parquet
 from verl.protocol import DataProto
 
 from thunder_rollout.verl_adapter.output import FAILURE
@@ -14,6 +16,18 @@ from thunder_rollout.verl_adapter.output import FAILURE
 def images_of(extra_infos: Iterable[Mapping[str, Any] | None]) -> list[str]:
     """The images of the rows that name one, in their order."""
     return [extra["image"] for extra in extra_infos if extra and extra.get("image")]
+
+
+def images_of_files(files: Iterable[str]) -> list[str]:
+    """Every image that rows of these parquet files name, each once; files elsewhere than here are passed over."""
+    images: dict[str, None] = {}
+    for file in files:
+        if file.endswith(".parquet") and Path(file).is_file():
+            schema = parquet.read_schema(file)
+            if "extra_info" in schema.names and "image" in [field.name for field in schema.field("extra_info").type]:
+                column = parquet.ParquetFile(file).read(columns=["extra_info.image"]).column("extra_info")
+                images |= dict.fromkeys(images_of(column.to_pylist()))
+    return list(images)
 
 
 def settle_failed_rows(output: DataProto, groups: Sequence[str] | None) -> None:

@@ -33,13 +33,25 @@ class Route:
 
 
 class RoutedClient:
-    """verl's `LLMServerClient` (or a subclass), which also tells of each turn's route. One a process."""
+    """verl's `LLMServerClient` (or a subclass), which also tells of each turn's route; and tells a router that
+    listens (ours) what verl tells none: when a tool starts, and that a program is over. One a process."""
 
     def __init__(self, client: Any) -> None:
         self._client = copy.copy(client)
         self._client._acquire_server = self._acquire
         self._acquire_of_class = type(client)._acquire_server
         self._routes: dict[str, Route] = {}
+        router = client._load_balancer
+        self._router = router if hasattr(router, "program_ended") else None
+
+    def tool_started(self, program: str, tool: str) -> None:
+        """Nobody waits for this or the next."""
+        if self._router is not None:
+            self._router.tool_started.remote(program, tool)
+
+    def program_ended(self, program: str) -> None:
+        if self._router is not None:
+            self._router.program_ended.remote(program)
 
     async def generate(
         self,
@@ -117,9 +129,11 @@ class VerlModel:
             generation, backend=route.server, queue_s=route.held_s, engine_s=max(0.0, took_s - route.held_s)
         )
 
-    async def tool_started(self, tool: str) -> None: ...
+    async def tool_started(self, tool: str) -> None:
+        self.client.tool_started(self.program, tool)
 
-    async def tool_ended(self) -> None: ...
+    async def tool_ended(self) -> None:
+        """Nobody is told: the next turn is asked for at once, or the program ends."""
 
     async def _generate(self, prompt_ids: list[int], sampling: Sampling) -> tuple[Any, Route]:
         params = self.sampling_params | {

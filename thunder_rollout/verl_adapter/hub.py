@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import ray
 
-from thunder_rollout.errors import EngineDied, InfrastructureFailure, SandboxFailed
+from thunder_rollout.errors import EngineDied, InfrastructureFailure, SandboxFailed, Stale
 from thunder_rollout.remote import remote_call
 from thunder_rollout.sandbox.actor import create_sandbox_fleet
 from thunder_rollout.sandbox.config import SandboxConfig
@@ -131,7 +131,8 @@ class Hub:
     async def figures(self) -> dict[str, float]:
         """Failures since the last call, sandboxes now, and the router's own."""
         failures, self._failures = self._failures, Counter()
-        values = {f"thunder/failures/{kind}": float(count) for kind, count in failures.items()}
+        values = {"thunder/stale": float(failures.pop(Stale.kind, 0))}  # the trainer's doing, not a failure
+        values |= {f"thunder/failures/{kind}": float(count) for kind, count in failures.items()}
         values["thunder/failures/all"] = float(failures.total())
         if self._hosts is not None:
             values["thunder/sandboxes"] = float(await self._hosts.num_running())

@@ -1,4 +1,5 @@
-"""The whole of it from one setting: `+actor_rollout_ref.rollout.agent.agent_loop_manager_class=` this `Manager`.
+"""The whole of it from one setting:
+`+actor_rollout_ref.rollout.agent.agent_loop_manager_class=thunder_rollout.verl_adapter.Manager`.
 
 verl's own managers, with three things beside them. The router is ours: where `rollout.router_config_path` names
 none, one is made of `conf/verl/thunder_router.yaml` over verl's servers. The agent loops are those of
@@ -26,7 +27,7 @@ from verl.workers.rollout.router import get_router_handle
 from thunder_rollout.config import conf_dir
 from thunder_rollout.errors import ConfigError
 from thunder_rollout.tasks.verl_rows import AGENT_NAME
-from thunder_rollout.verl_adapter.batches import images_of, settle_failed_rows
+from thunder_rollout.verl_adapter.batches import images_of, images_of_files, settle_failed_rows
 from thunder_rollout.verl_adapter.figures import thunder_figures
 from thunder_rollout.verl_adapter.hub import RemoteHub
 from thunder_rollout.verl_adapter.settings import SweSettings, read_settings
@@ -55,8 +56,15 @@ class _Thunder(AgentLoopManager):
             agent.agent_loop_config_path = agent.agent_loop_config_path or str(conf_dir() / "verl/thunder_swe.yaml")
         self.hub = RemoteHub(loop_settings(agent.agent_loop_config_path).sandbox)
         self.hub.know_router(await self._our_router())
+        if images := images_of_files(self._data_files()):
+            await self.hub.fleet(images)  # what is wrong with sandboxes is told before anything is generated
         await super()._init_agent_loop_workers()
         self.hub.watch({f"agent loop worker {i}": worker for i, worker in enumerate(self.agent_loop_workers)})
+
+    def _data_files(self) -> list[str]:
+        data = self.config.data
+        groups = [data.train_files, data.val_files]
+        return [file for files in groups for file in ([files] if isinstance(files, str) else files or [])]
 
     async def _our_router(self) -> Any:
         """The one verl made of its configuration, or a new one, which the workers' client then asks."""
@@ -88,7 +96,7 @@ class ManagerV1(_Thunder, AgentLoopManagerTQ):
         """As verl's: returns when the prompts are handed out."""
         rollout = self.config.actor_rollout_ref.rollout
         n = rollout.val_kwargs.n if "validate" in prompts else rollout.n
-        self.hub.expect([image for image in images_of(prompts["extra_info"].tolist()) for _ in range(n)])
+        self.hub.expect([image for image in images_of(prompts["extra_info"]) for _ in range(n)])
         super().generate_sequences(prompts)
 
 

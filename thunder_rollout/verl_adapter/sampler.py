@@ -72,10 +72,8 @@ def batch_figures(batch: KVBatchMeta) -> dict[str, float]:
         return {}
     fields = ["metrics", "extra_fields"]
     data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
-    extra_fields = data["extra_fields"].tolist()
-    return agent_loop_timing(data["metrics"].tolist(), batch.tags) | thunder_figures(
-        [extra.get("thunder") for extra in extra_fields]
-    )
+    metrics, extra_fields = (list(data[name]) for name in fields)
+    return agent_loop_timing(metrics, batch.tags) | thunder_figures([extra.get("thunder") for extra in extra_fields])
 
 
 def job_figures() -> dict[str, float]:

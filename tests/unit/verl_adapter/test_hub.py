@@ -96,15 +96,15 @@ async def test_hosts_know_what_is_to_come_of_batches_that_overlap() -> None:
 
 async def test_figures_count_failures_since_the_last_call_and_hold_the_routers() -> None:
     hub = Hub(Opened(), lambda _: Hosts())
-    assert await hub.figures() == {"thunder/failures/all": 0.0}
+    assert await hub.figures() == {"thunder/failures/all": 0.0, "thunder/stale": 0.0}
     await hub.fleet([])
     hub.know_router(Router({"thunder/router/held_s": 2.0}))
-    for kind in ("engine_died", "engine_died", "sandbox_failed"):
+    for kind in ("engine_died", "engine_died", "sandbox_failed", "stale"):
         hub.count_failure(kind)
     figures = await hub.figures()
     assert figures["thunder/failures/engine_died"] == 2.0
     assert (figures["thunder/failures/all"], figures["thunder/sandboxes"]) == (3.0, 3.0)
-    assert figures["thunder/router/held_s"] == 2.0
+    assert (figures["thunder/router/held_s"], figures["thunder/stale"]) == (2.0, 1.0)
     assert (await hub.figures())["thunder/failures/all"] == 0.0
 
 

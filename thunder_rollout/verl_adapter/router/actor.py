@@ -75,6 +75,14 @@ class ProgramRouter:
     async def release_server(self, server_id: str, request_id: str | None = None) -> None:
         await self._call(self._router.release, server_id, request_id or "")
 
+    @ray.method(concurrency_group="release")
+    async def tool_started(self, request_id: str, tool: str) -> None:
+        await self._run(self._router.tool_started(request_id, tool))
+
+    @ray.method(concurrency_group="release")
+    async def program_ended(self, request_id: str) -> None:
+        await self._run(self._router.program_ended(request_id))
+
     async def require_acquire_fields(self) -> list[str]:
         return ["prompt_ids", "sampling_params"]
 

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from thunder_rollout.core.events import FinishReason, TurnEnded
+from thunder_rollout.core.events import FinishReason, ToolStarted, TurnEnded
 from thunder_rollout.errors import BadEvent, EngineDied
 from thunder_rollout.runtime.service import SchedulerService
 from thunder_rollout.verl_adapter.router.config import RouterConfig
@@ -86,6 +86,22 @@ class Router:
             task = self._service.spawn(self._end(turn))
             turn.record.ending.add(task)
             task.add_done_callback(turn.record.ending.discard)
+
+    async def tool_started(self, request_id: str, tool: str) -> None:
+        """Of a caller that tells, as `thunder_swe` does: which tool runs since its last release."""
+        record = self._programs.current(request_id)
+        if record is not None:
+            await record.settled()
+            if not record.num_open:
+                self._service.handle(ToolStarted(program=record.name, tool=tool))
+
+    async def program_ended(self, request_id: str) -> None:
+        """Of a caller that tells: the program makes room at once, not when it has been idle for long."""
+        record = self._programs.current(request_id)
+        if record is not None:
+            await record.settled()
+            self._programs.forget(record)
+            self._service.close(record.name, reason="its caller said so")
 
     async def add_servers(self, servers: Mapping[str, ReplicaPort]) -> None:
         self._joining.update(servers)

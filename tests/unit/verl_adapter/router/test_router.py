@@ -370,3 +370,25 @@ async def test_prompts_with_images_are_counted_not_compared(make_shell):
     ledger = shell.router._service._scheduler._policy._ledger
     assert ledger.backends["a"].private_tokens == 200
     assert {program.group for program in shell.core.programs.values()} == {None}
+
+
+async def test_a_caller_that_tells_of_a_programs_end_makes_room_at_once(make_shell):
+    shell = make_shell("a", facts={"capacity_tokens": 1000})
+    await shell.acquire("p", 700)
+    waiting = await shell.held("q", 700)
+    shell.router.release("a", "p")
+    await shell.router.program_ended("p")
+    await asyncio.wait_for(waiting, 1)
+    assert list(shell.core.programs) == ["q@1"]
+    await shell.router.program_ended("nobody's")
+
+
+async def test_a_tool_that_is_told_of_is_the_one_that_the_scheduler_learns_of(make_shell):
+    shell = make_shell("a")
+    await shell.acquire("p", 100)
+    shell.router.release("a", "p")
+    await shell.router.tool_started("p", "bash")
+    assert shell.core.programs["p@0"].tool == "bash"
+    await shell.acquire("p", 150)
+    await shell.router.tool_started("p", "late")
+    assert shell.core.programs["p@0"].tool != "late"
