@@ -11,6 +11,7 @@ from thunder_rollout.core.events import (
     BackendDown,
     BackendStats,
     BackendUp,
+    ProgramAnnounced,
     ProgramEnded,
     ToolEnded,
     ToolStarted,
@@ -24,6 +25,13 @@ from thunder_rollout.core.events import (
 from thunder_rollout.core.program import Program
 from thunder_rollout.core.state import State
 from thunder_rollout.errors import BadEvent
+
+
+def check_announced(state: State, event: ProgramAnnounced) -> None:
+    if event.program in state.programs or event.program in state.announced:
+        raise BadEvent(
+            f"ProgramAnnounced.program={event.program!r}: known already; announce each once, before its first request"
+        )
 
 
 def check_request(event: TurnRequested) -> None:

@@ -37,6 +37,15 @@ class TurnRequested:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ProgramAnnounced:
+    """A program that acts in a sandbox will ask for its first turn once there is a place for it. Those announced
+    begin about in the order in which they were, after those that wait."""
+
+    program: str
+    task_kind: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TurnStarted:
     program: str
     grant: int
@@ -179,7 +188,8 @@ class Tick:
 
 
 Event = (
-    TurnRequested
+    ProgramAnnounced
+    | TurnRequested
     | TurnStarted
     | TurnProgress
     | TurnEnded

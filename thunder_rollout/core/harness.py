@@ -75,7 +75,6 @@ class Harness:
         block_hashes: tuple[int, ...] | None = None,
         sandbox: bool = False,
         group: str | None = None,
-        task_kind: str | None = None,
     ) -> list[Decision]:
         self._num_requests += 1
         return self.send(
@@ -85,7 +84,6 @@ class Harness:
                 prompt_tokens=prompt_tokens,
                 block_hashes=block_hashes,
                 sandbox=sandbox,
-                task_kind=task_kind,
                 group=group,
             )
         )
@@ -202,7 +200,9 @@ def _check_sandboxes(state: State, now: float) -> None:
     waiting = list(state.waiting(now))
     unready = [program for program in waiting if program.awaits_sandbox]
     assert list(state.unready.ordered(now)) == unready, "in restore order, like the queue"
-    assert state.prepared == {program.program_id for program in waiting if program.sandbox is SandboxNeed.PREPARED}
+    assert not set(state.announced) & set(state.programs)
+    coming = [*waiting, *state.announced.values()]
+    assert state.prepared == {program.program_id for program in coming if program.sandbox is SandboxNeed.PREPARED}
     for program in state.programs.values():
         assert program.backend is None or not program.turns or program.sandbox is not SandboxNeed.PREPARED
         assert program.sandbox_issued or program.sandbox in (SandboxNeed.NONE, SandboxNeed.WANTED)

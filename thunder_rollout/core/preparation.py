@@ -4,8 +4,8 @@ Programs that wait without a sandbox have places in restore order, from 1; a gra
 others up. Time is told in grants: a program is prepared as soon as it has a place within which the grants
 to come are seldom all given before a sandbox of its kind is up. That depth is learned from
 
-- the times of the last grants to such programs. One that was admitted as it came is not counted: nobody
-  could have prepared for it;
+- the times of the last grants to such programs. One that was admitted as it came, unannounced, is not
+  counted: nobody could have prepared for it;
 - the last lead times of each kind, from PrepareSandbox to SandboxReady: a pull and the queue at the host
   are in them.
 
@@ -49,7 +49,7 @@ class Preparation:
         self._kinds: OrderedDict[Kind, _Learned] = OrderedDict()
 
     def note_grant(self, now: float) -> None:
-        """To a program that waited and had no sandbox in use."""
+        """To a program that waited or was announced, and had no sandbox in use."""
         self._grants_s.append(now)
         self._num_grants += 1
 

@@ -74,6 +74,7 @@ class Program:
         "_history",
         "_settled_tokens",
         "acting_since_s",
+        "announced",
         "arrived_s",
         "backend",
         "context_tokens",
@@ -93,13 +94,12 @@ class Program:
         "turns",
     )
 
-    def __init__(
-        self, program_id: str, *, group: str | None = None, task_kind: str | None = None, arrived_s: float = 0.0
-    ) -> None:
+    def __init__(self, program_id: str) -> None:
         self.program_id = program_id
-        self.arrived_s = arrived_s  # when its first request came
-        self.group = group
-        self.task_kind = task_kind
+        self.announced = False  # before its first request
+        self.arrived_s = 0.0  # when that came
+        self.group: str | None = None
+        self.task_kind: str | None = None
         self.context_tokens = 0
         self.status = Status.PAUSED
         self.backend: str | None = None
@@ -160,6 +160,21 @@ class Program:
         if event.sandbox and self.sandbox in (SandboxNeed.NONE, SandboxNeed.FAILED):
             self.sandbox = SandboxNeed.WANTED
         self._changed(f"request {event.request}")
+
+    def announce(self, task_kind: str | None) -> None:
+        """It will ask, and act in a sandbox."""
+        self._require(not self.has_open and not self.ran, "announce")
+        self.announced = True
+        self.task_kind = task_kind
+        self.sandbox = SandboxNeed.WANTED
+        self._changed("announce")
+
+    def arrive(self, event: TurnRequested, now: float) -> None:
+        """With its first request, which `request` adds."""
+        self._require(not self.has_open and not self.ran, "arrive")
+        self.arrived_s = now
+        self.group = event.group
+        self.task_kind = event.task_kind or self.task_kind
 
     def drop_request(self, request: str) -> None:
         self._require(request in self.pending, "drop_request")

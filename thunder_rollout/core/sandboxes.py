@@ -7,7 +7,7 @@ request, one that was stopped while its program waits before the next grant.
 
 from __future__ import annotations
 
-from itertools import islice
+from itertools import chain, islice
 
 from thunder_rollout.core.decisions import PrepareSandbox
 from thunder_rollout.core.events import SandboxFailed, SandboxReady, SandboxStopped, TurnRequested
@@ -18,13 +18,13 @@ from thunder_rollout.core.state import State
 
 class Sandboxes:
     def __init__(self, state: State, *, max_ahead: int) -> None:
-        """At most `max_ahead` waiting programs have one prepared."""
+        """At most `max_ahead` programs that wait or are announced have one prepared."""
         self._state = state
         self._max_ahead = max_ahead
         self._preparation = Preparation(max_ahead)
 
     def heard(self, event: SandboxReady | SandboxFailed | SandboxStopped, now: float) -> list[PrepareSandbox]:
-        program = self._state.programs.get(event.program)
+        program = self._state.programs.get(event.program) or self._state.announced.get(event.program)
         if program is None:  # an end that crossed this message on its way
             return []
         match event:
@@ -41,7 +41,8 @@ class Sandboxes:
 
     def granted(self, program: Program, request: TurnRequested, now: float) -> list[PrepareSandbox]:
         """Before the program's pending `request` is admitted."""
-        if program.awaits_sandbox and program.pending[request.request].since_s < now:
+        was_foreseen = program.announced or program.pending[request.request].since_s < now
+        if program.awaits_sandbox and was_foreseen:
             self._preparation.note_grant(now)
         return self._prepare(program, now, by_s=now)
 
@@ -51,7 +52,8 @@ class Sandboxes:
             return []
         self._state.unready_changed = False
         decisions: list[PrepareSandbox] = []
-        for place, program in enumerate(islice(self._state.unready.ordered(now), self._max_ahead), start=1):
+        coming = chain(self._state.unready.ordered(now), self._state.announced.values())
+        for place, program in enumerate(islice(coming, self._max_ahead), start=1):
             if len(self._state.prepared) >= self._max_ahead:
                 break
             if program.sandbox is SandboxNeed.WANTED and place <= self._preparation.depth(_kind(program)):

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from thunder_rollout.core.backend import Backend
 from thunder_rollout.core.checks import (
+    check_announced,
     check_backend_up,
     check_end,
     check_progress,
@@ -52,6 +53,7 @@ from thunder_rollout.core.events import (
     BackendStats,
     BackendUp,
     Event,
+    ProgramAnnounced,
     ProgramEnded,
     SandboxFailed,
     SandboxReady,
@@ -119,6 +121,9 @@ class Scheduler:
 
     def _apply(self, event: Event, now: float) -> None:
         match event:
+            case ProgramAnnounced():
+                check_announced(self._state, event)
+                self._state.announce(Program(event.program), event.task_kind)
             case TurnRequested():
                 self._on_turn_requested(event, now)
             case TurnStarted() | TurnProgress():
@@ -130,7 +135,8 @@ class Scheduler:
             case ToolEnded():
                 known_program(self._state, event).end_tool()
             case ProgramEnded():
-                self._forget(known_program(self._state, event))
+                if not self._forget_announced(event.program):
+                    self._forget(known_program(self._state, event))
             case Withdrawn():
                 self._on_withdrawn(event)
             case BackendUp():
@@ -169,8 +175,7 @@ class Scheduler:
             return
         event = self._policy.accept(event)
         if program is None:
-            program = Program(event.program, group=event.group, task_kind=event.task_kind, arrived_s=now)
-            self._state.add_program(program)
+            program = self._state.add_program(event, now)
         self._state.request(program, event, now)
         self._place(program, event, now)
 
@@ -197,6 +202,8 @@ class Scheduler:
     def _on_withdrawn(self, event: Withdrawn) -> None:
         program = self._state.programs.get(event.program)
         if program is None:
+            if event.request is None:
+                self._forget_announced(event.program)
             return
         if event.request is None:
             self._forget(program)
@@ -352,6 +359,12 @@ class Scheduler:
         if program.sandbox_issued:
             self._decisions.append(ReleaseSandbox(program=program.program_id))
         self._state.forget(program)
+
+    def _forget_announced(self, name: str) -> bool:
+        program = self._state.take_announced(name)
+        if program is not None and program.sandbox_issued:
+            self._decisions.append(ReleaseSandbox(program=name))
+        return program is not None
 
     def _expire_stale(self) -> None:
         """Those that ask; one that acts is told when it asks next."""

@@ -37,7 +37,8 @@ class State:
         self.queue = WaitingQueue(queue_key, max_wait_s=max_wait_s)
         self.unready = WaitingQueue(queue_key, max_wait_s=max_wait_s)  # those of it that await a sandbox
         self.unready_changed = False  # since whoever prepares them last looked
-        self.prepared: set[str] = set()  # programs of the queue whose sandbox is prepared
+        self.announced: dict[str, Program] = {}  # none of `programs` yet, in the order of their announcement
+        self.prepared: set[str] = set()  # programs of the queue and announced ones whose sandbox is prepared
         self.void_grants: dict[int, str] = {}  # grant -> program, oldest first
         self.num_bound = 0
         self.max_capacity_tokens = 0  # of the largest backend that is up
@@ -113,8 +114,12 @@ class State:
 
     # Programs
 
-    def add_program(self, program: Program) -> None:
+    def add_program(self, event: TurnRequested, now: float) -> Program:
+        """The program of a first request."""
+        program = self.take_announced(event.program) or Program(event.program)
+        program.arrive(event, now)
         self.programs[program.program_id] = program
+        return program
 
     def hear(self, program_id: str, now: float) -> None:
         """Its lease runs from now."""
@@ -181,6 +186,19 @@ class State:
 
     # Sandboxes
 
+    def announce(self, program: Program, task_kind: str | None) -> None:
+        program.announce(task_kind)
+        self.announced[program.program_id] = program
+        self.unready_changed = True
+
+    def take_announced(self, program_id: str) -> Program | None:
+        """If it was: it comes now, or never will."""
+        program = self.announced.pop(program_id, None)
+        if program is not None:
+            self.prepared.discard(program_id)
+            self.unready_changed = True
+        return program
+
     def prepare_sandbox(self, program: Program, now: float) -> None:
         program.sandbox_prepared(now)
         if program.backend is None:
@@ -188,11 +206,14 @@ class State:
 
     def sandbox_failed(self, program: Program) -> None:
         program.sandbox_failed()
-        self._refresh(program)
+        self.prepared.discard(program.program_id)
+        if program.program_id in self.programs:
+            self._refresh(program)
 
     def sandbox_stopped(self, program: Program) -> None:
-        program.sandbox_stopped()
-        self._refresh(program)
+        if program.program_id in self.programs:
+            program.sandbox_stopped()
+            self._refresh(program)
 
     # Turns
 
@@ -244,7 +265,9 @@ class State:
             self.unready_changed = True
         else:
             self._no_longer_unready(program)
-        if program.sandbox is not SandboxNeed.PREPARED:
+        if program.sandbox is SandboxNeed.PREPARED:
+            self.prepared.add(program.program_id)
+        else:
             self.prepared.discard(program.program_id)
 
     def _dequeue(self, program: Program) -> None:

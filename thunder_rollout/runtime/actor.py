@@ -43,6 +43,9 @@ class SchedulerActor:
     async def stop(self) -> None:
         await self._service.stop()
 
+    async def announce(self, program: str, task_kind: str | None, sandbox: SandboxSpec) -> None:
+        self._service.announce(program, task_kind=task_kind, sandbox=sandbox)
+
     async def open(self, program: str, owner: str, sandbox: SandboxSpec | None) -> None:
         self._service.open(program, owner=owner, sandbox=sandbox)
 
@@ -88,6 +91,9 @@ class RemoteScheduler:
 
     async def stop(self) -> None:
         await self._call(self._handle.stop.remote())
+
+    async def announce(self, program: str, *, task_kind: str | None, sandbox: SandboxSpec) -> None:
+        await self._call(self._handle.announce.remote(program, task_kind, sandbox))
 
     async def open(self, program: str, *, owner: str = "", sandbox: SandboxSpec | None = None) -> None:
         await self._call(self._handle.open.remote(program, owner, sandbox))

@@ -113,6 +113,7 @@ class Cluster:
                 self._add_worker()
                 worker.kill()
                 await self.scheduler.owner_died(worker.name)
+            await self.scheduler.close(program_name(key, attempt))  # if it was announced and never opened
             for grader in grader_names(program_name(key, attempt), self.config.rollout.max_attempts):
                 await self._hosts.release(grader)
             raise
@@ -136,6 +137,12 @@ class Cluster:
     def expect(self, tasks: list[Task]) -> None:
         """The samples to come, in their order: the sandbox hosts pull and keep images by it."""
         self._hosts.expect([task.image for task in tasks])
+
+    async def announce(self, task: Task, key: SampleKey) -> None:
+        """The sample will run once there is a slot for it: the scheduler may have its sandbox prepared."""
+        program = program_name(key, 0)
+        spec = self._worker_config.episodes.spec(program, task, for_agent=True)
+        await self.scheduler.announce(program, task_kind=task.kind, sandbox=spec)
 
     def sample_started(self, task: Task) -> None:
         self._hosts.sample_started(task.image)

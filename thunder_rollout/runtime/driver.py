@@ -14,6 +14,7 @@ import logging
 import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -121,11 +122,16 @@ async def _run_samples(
             ]
             samples = []
             cluster.expect([task for task, _ in work])
+            coming = iter(work if config.scheduler.prepare_ahead else ())
+            for task, key in islice(coming, config.scheduler.prepare_ahead):
+                await cluster.announce(task, key)
             for task, key in work:
                 await slots.acquire()
                 sample = group.create_task(_run_sample(config, cluster, session, task, key))
                 sample.add_done_callback(lambda _: slots.release())
                 samples.append(sample)
+                for next_task, next_key in islice(coming, 1):
+                    await cluster.announce(next_task, next_key)
             await asyncio.wait(samples)
             for watcher in watchers:
                 watcher.cancel()

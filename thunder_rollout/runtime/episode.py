@@ -49,6 +49,11 @@ class EpisodeSettings:
     grading: GradingConfig = field(default_factory=GradingConfig)
     grading_attempts: int = 1  # a finished episode is not thrown away for one grader's failure
 
+    def spec(self, program: str, task: Task, *, for_agent: bool = False) -> SandboxSpec:
+        """Of the sandbox in which the task is worked on, or of the grader's."""
+        labels = {"run": self.run, "program": program, "task": task.instance_id}
+        return sandbox_spec(task, for_agent=for_agent, limits=self.limits, labels=labels)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Played:
@@ -95,7 +100,7 @@ class EpisodePlayer:
     async def _act(
         self, program: str, task: Task, loop: AgentLoop, open_model: OpenModel, grader: LazySandbox
     ) -> tuple[Trajectory, bytes, float]:
-        spec = self._spec(program, task, for_agent=True)
+        spec = self._settings.spec(program, task, for_agent=True)
         sandbox = LazySandbox(self._sandboxes.sandbox(program, spec))
         turns: list[TurnRecord] = []
 
@@ -137,8 +142,4 @@ class EpisodePlayer:
         )
 
     def _grader(self, name: str, task: Task) -> Sandbox:
-        return self._sandboxes.sandbox(name, self._spec(name, task))
-
-    def _spec(self, program: str, task: Task, *, for_agent: bool = False) -> SandboxSpec:
-        labels = {"run": self._settings.run, "program": program, "task": task.instance_id}
-        return sandbox_spec(task, for_agent=for_agent, limits=self._settings.limits, labels=labels)
+        return self._sandboxes.sandbox(name, self._settings.spec(name, task))

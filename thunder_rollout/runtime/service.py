@@ -22,6 +22,7 @@ from thunder_rollout.core.events import (
     BackendUp,
     Event,
     FinishReason,
+    ProgramAnnounced,
     ProgramEnded,
     SandboxFailed,
     SandboxReady,
@@ -108,6 +109,11 @@ class SchedulerService:
         if self._trace is not None:
             self._trace.close()
             self._trace = None
+
+    def announce(self, program: str, *, task_kind: str | None, sandbox: SandboxSpec) -> None:
+        """The program will be opened later: its sandbox may be prepared until then. `close` takes it back."""
+        self._specs[program] = sandbox
+        self.handle(ProgramAnnounced(program=program, task_kind=task_kind))
 
     def open(self, program: str, *, owner: str = "", sandbox: SandboxSpec | None = None) -> None:
         """Announce a program before its first turn: who runs it and what sandbox it acts in."""

@@ -39,6 +39,12 @@ class WorkerConfig:
     block_size: int | None = None  # set: block hashes go with every request
     keep_cut_output: bool = True  # of turns that are cut for new weights
 
+    @property
+    def episodes(self) -> EpisodeSettings:
+        return EpisodeSettings(
+            run=self.run, limits=self.limits, grading=self.grading, grading_attempts=self.grading_attempts
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleOutcome:
@@ -75,13 +81,7 @@ class RolloutWorker:
         self._scheduler = scheduler
         self._engines = engines
         self._store = store
-        settings = EpisodeSettings(
-            run=config.run,
-            limits=config.limits,
-            grading=config.grading,
-            grading_attempts=config.grading_attempts,
-        )
-        self._player = EpisodePlayer(settings, sandboxes)
+        self._player = EpisodePlayer(config.episodes, sandboxes)
 
     async def run(self, task: Task, key: SampleKey, attempt: int) -> SampleOutcome:
         """Run one sample to its parquet file. Raises `InfrastructureFailure`."""

@@ -28,6 +28,7 @@ from thunder_rollout.core.events import (
     BackendUp,
     Event,
     FinishReason,
+    ProgramAnnounced,
     ProgramEnded,
     SandboxFailed,
     SandboxReady,
@@ -45,6 +46,7 @@ from thunder_rollout.core.events import (
 from thunder_rollout.core.harness import Harness, replay
 from thunder_rollout.core.policies.adaptive.ledger import Ledger
 from thunder_rollout.core.policies.adaptive.policy import AdaptivePolicy
+from thunder_rollout.core.program import SandboxNeed
 from thunder_rollout.errors import BadEvent
 
 pytestmark = pytest.mark.slow
@@ -130,13 +132,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         restore order, no more than allowed, and the head of the queue is never without."""
         state, max_ahead = self.shell.scheduler._state, self.shell.config.prepare_ahead
         asked = [decision.program for decision in decisions if isinstance(decision, PrepareSandbox)]
-        order = [program.program_id for program in state.unready.ordered(self.shell.now)]
+        order = [program.program_id for program in [*state.unready.ordered(self.shell.now), *state.announced.values()]]
         ahead = [program for program in asked if program in state.prepared]
         assert ahead == [program for program in order if program in ahead], "in restore order"
         assert all(decision.by_s >= self.shell.now for decision in decisions if isinstance(decision, PrepareSandbox))
         assert len(state.prepared) <= max_ahead
         if len(state.prepared) < max_ahead and not list(state.unready.overdue(self.shell.now)):
-            assert not order or order[0] in state.prepared
+            failed = {name for name, program in state.announced.items() if program.sandbox is SandboxNeed.FAILED}
+            assert not order or order[0] in state.prepared | failed
 
     # Backends
 
@@ -251,6 +254,15 @@ class SchedulerMachine(RuleBasedStateMachine):
             )
         )
 
+    @rule(program=PROGRAMS, task_kind=st.sampled_from([None, "toy"]))
+    def announce(self, program: str, task_kind: str | None) -> None:
+        state = self.shell.scheduler._state
+        if program in state.programs or program in state.announced:
+            with pytest.raises(BadEvent):
+                self.send(ProgramAnnounced(program=program))
+        else:
+            self.send(ProgramAnnounced(program=program, task_kind=task_kind))
+
     @rule(data=st.data(), growth_tokens=st.integers(1, 400))
     @precondition(lambda self: self.shell.scheduler._state.programs)
     def ask_for_the_next_turn(self, data: st.DataObject, growth_tokens: int) -> None:
@@ -299,7 +311,8 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(program=PROGRAMS, what=st.sampled_from([ProgramEnded, ToolStarted, ToolEnded]))
     def about_a_known_program(self, program: str, what: Any) -> None:
-        if program in self.shell.scheduler._state.programs:
+        state = self.shell.scheduler._state
+        if program in state.programs or (what is ProgramEnded and program in state.announced):
             self.send(what(program=program))
 
     @rule(program=PROGRAMS, what=st.sampled_from([SandboxReady, SandboxFailed, SandboxStopped]))
@@ -440,7 +453,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         pending = {request for program in state.programs.values() for request in program.pending}
         assert pending == set(self.shell.waiting)
         assert {grant for program in state.programs.values() for grant in program.turns} == set(self.shell.grants)
-        assert self.shell.owed <= set(state.programs), "whoever ended released its sandbox"
+        assert self.shell.owed <= {*state.programs, *state.announced}, "whoever ended released its sandbox"
 
     def teardown(self) -> None:
         if not hasattr(self, "shell"):
@@ -454,7 +467,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.shell.end(program, 1)
             self.shell.tick(5.0)
         assert not self.shell.waiting, "nobody is forgotten"
-        for program in sorted(self.shell.scheduler._state.programs):
+        state = self.shell.scheduler._state
+        for program in sorted([*state.programs, *state.announced]):
             self.send(ProgramEnded(program=program))
         assert not self.shell.owed
         assert self.shell.scheduler.snapshot().num_programs == 0

@@ -1,9 +1,19 @@
 from __future__ import annotations
 
+import pytest
+
 from thunder_rollout.core.config import CappedConfig, SchedulerConfig
 from thunder_rollout.core.decisions import Decision, PrepareSandbox, ReleaseSandbox, Restore
-from thunder_rollout.core.events import ProgramEnded, SandboxFailed, SandboxReady, SandboxStopped, Withdrawn
+from thunder_rollout.core.events import (
+    ProgramAnnounced,
+    ProgramEnded,
+    SandboxFailed,
+    SandboxReady,
+    SandboxStopped,
+    Withdrawn,
+)
 from thunder_rollout.core.harness import Harness
+from thunder_rollout.errors import BadEvent
 
 
 def harness(*, prepare_ahead: int = 2, **capacity_tokens: int) -> Harness:
@@ -163,3 +173,56 @@ def test_news_of_a_program_that_ended_meanwhile_is_ignored() -> None:
     assert shell.send(SandboxReady(program="gone")) == []
     assert shell.send(SandboxStopped(program="gone")) == []
     assert shell.send(SandboxFailed(program="gone")) == []
+
+
+def test_announced_programs_are_prepared_behind_those_that_wait_in_their_order() -> None:
+    shell = harness(prepare_ahead=3)
+    announced = [PrepareSandbox(program=name, by_s=0.0) for name in ("x", "y", "z")]
+    assert shell.send(ProgramAnnounced(program="x", task_kind="toy")) == announced[:1]
+    shell.ask("p", 100, sandbox=True)
+    assert shell.send(ProgramAnnounced(program="y")) == announced[1:2]
+    assert shell.send(ProgramAnnounced(program="z")) == [], "three are prepared"
+    assert shell.send(ProgramEnded(program="x")) == [ReleaseSandbox(program="x"), announced[2]]
+    assert shell.send(Withdrawn(program="y")) == [ReleaseSandbox(program="y")]
+
+
+def test_an_announced_program_finds_its_sandbox_up_although_it_is_granted_as_it_comes() -> None:
+    shell = harness(a=10_000, prepare_ahead=64)
+    shell.send(ProgramAnnounced(program="x", task_kind="toy"))
+    shell.now = 5.0
+    assert shell.send(SandboxReady(program="x")) == []
+    assert kinds(shell.ask("x", 100, sandbox=True)) == ["Restore"]
+    program = shell.scheduler._state.programs["x"]
+    assert (program.arrived_s, program.task_kind) == (5.0, "toy")
+    assert shell.send(ProgramEnded(program="x")) == [ReleaseSandbox(program="x")]
+    for number in range(40):
+        shell.send(ProgramAnnounced(program=f"p{number}", task_kind="toy"))
+    for number in range(20):
+        shell.now += 5.0
+        shell.ask(f"p{number}", 100, sandbox=True)
+    assert len(shell.scheduler._state.prepared) == 1, "one comes in five seconds, and five is what a start takes"
+
+
+def test_an_announced_programs_failed_sandbox_is_prepared_with_its_request() -> None:
+    shell = harness(a=1000)
+    shell.send(ProgramAnnounced(program="x"))
+    assert shell.send(SandboxFailed(program="x")) == []
+    assert shell.send(SandboxStopped(program="x")) == []
+    assert kinds(shell.ask("x", 100, sandbox=True)) == ["PrepareSandbox", "Restore"]
+    assert shell.send(ProgramEnded(program="x")) == [ReleaseSandbox(program="x")]
+
+
+def test_an_announced_program_that_was_not_prepared_ends_without_a_trace() -> None:
+    shell = harness(prepare_ahead=0)
+    assert shell.send(ProgramAnnounced(program="x")) == []
+    assert shell.send(ProgramEnded(program="x")) == []
+    assert shell.send(Withdrawn(program="x")) == []
+
+
+def test_a_program_is_announced_once_and_before_its_first_request() -> None:
+    shell = harness(a=1000)
+    shell.ask("p", 100)
+    shell.send(ProgramAnnounced(program="x"))
+    for name in ("p", "x"):
+        with pytest.raises(BadEvent, match=name):
+            shell.send(ProgramAnnounced(program=name))

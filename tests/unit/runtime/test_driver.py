@@ -44,12 +44,18 @@ class ScriptedCluster:
     calls: list[tuple[int, int]] = field(default_factory=list)
     expected: list[str] = field(default_factory=list)
     under_way: list[str] = field(default_factory=list)
+    num_known: list[int] = field(default_factory=list)  # samples announced or begun, as each began
+    announced: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.scheduler = Scheduler(self.broken)
 
     def expect(self, tasks: list[Task]) -> None:
         self.expected = [task.instance_id for task in tasks]
+
+    async def announce(self, task: Task, key: SampleKey) -> None:
+        assert not any(key.sample == sample for sample, _ in self.calls), "before it begins"
+        self.announced.append(key.sample)
 
     def sample_started(self, task: Task) -> None:
         self.under_way.append(task.instance_id)
@@ -59,6 +65,8 @@ class ScriptedCluster:
 
     async def run_sample(self, task: Task, key: SampleKey, attempt: int) -> SampleOutcome:
         self.calls.append((key.sample, attempt))
+        self.num_known.append(len(self.announced))
+        await asyncio.sleep(0)
         if error := self.script.get((key.sample, attempt)):
             raise error
         return SampleOutcome(key=key, resolved=True, reward=1.0, num_turns=2, end_reason="submitted", wall_s=1.0)
@@ -81,7 +89,7 @@ def config() -> RolloutConfig:
 
 @pytest.fixture
 def play(config, tmp_path):
-    async def run(script=None, *, samples: int = 2, broken=None):
+    async def run(script=None, *, samples: int = 2, broken=None, config=config):
         store = RunStore(tmp_path)
         cluster = ScriptedCluster(store, script or {}, broken)
         work = [(TASK, SampleKey("t", i)) for i in range(samples)]
@@ -100,6 +108,17 @@ async def test_an_interrupted_sample_is_tried_again(play):
     assert not session.failures
     assert cluster.expected == ["t", "t"]
     assert not cluster.under_way, "every sample that started was reported finished"
+
+
+async def test_samples_are_announced_in_their_order_so_many_ahead_as_may_be_prepared(play, config):
+    two_slots = replace(config.rollout, concurrency=2)
+    three_ahead = replace(config, rollout=two_slots, scheduler=replace(config.scheduler, prepare_ahead=3))
+    _, cluster = await play(samples=8, config=three_ahead)
+    assert cluster.announced == list(range(8))
+    assert all(known - begun <= 3 + 2 for begun, known in enumerate(cluster.num_known)), "two may have begun at once"
+    none_ahead = replace(config, rollout=two_slots, scheduler=replace(config.scheduler, prepare_ahead=0))
+    _, cluster = await play(samples=8, config=none_ahead)
+    assert (cluster.announced, len(cluster.calls)) == ([], 8)
 
 
 async def test_a_sample_that_keeps_failing_is_counted_by_kind_and_written_down(play, tmp_path):

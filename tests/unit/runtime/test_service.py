@@ -233,6 +233,21 @@ async def test_a_waiting_program_has_its_sandbox_prepared_before_its_turn(make_s
     assert ("release", "b") in sandboxes.calls
 
 
+async def test_an_announced_program_has_its_sandbox_prepared_before_it_is_opened(make_service):
+    sandboxes = RecordingSandboxes()
+    service = await make_service(sandboxes=sandboxes)
+    for name in ("a", "never"):
+        service.announce(name, task_kind="toy", sandbox=SPEC)
+    await settle()
+    service.open("a", owner="worker0", sandbox=SPEC)
+    await service.admit(ask("a", sandbox=True))
+    service.close("a")
+    service.close("never")
+    service.close("never")
+    await settle()
+    assert sandboxes.calls == [("prepare", "a"), ("prepare", "never"), ("release", "a"), ("release", "never")]
+
+
 async def test_a_start_that_ends_after_its_program_is_released_again(make_service):
     sandboxes = RecordingSandboxes()
     sandboxes.start.clear()
