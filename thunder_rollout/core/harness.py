@@ -75,6 +75,7 @@ class Harness:
         block_hashes: tuple[int, ...] | None = None,
         sandbox: bool = False,
         group: str | None = None,
+        task_kind: str | None = None,
     ) -> list[Decision]:
         self._num_requests += 1
         return self.send(
@@ -84,6 +85,7 @@ class Harness:
                 prompt_tokens=prompt_tokens,
                 block_hashes=block_hashes,
                 sandbox=sandbox,
+                task_kind=task_kind,
                 group=group,
             )
         )

@@ -22,7 +22,9 @@ from thunder_rollout.errors import BadEvent, ConfigError
 
 def adaptive(*, capacity: dict[str, int] | None = None, **fields: Any) -> Harness:
     """No growth is expected before it was seen, so that room is what contexts leave."""
-    config = AdaptiveConfig(**{"prior_growth": 0.0, "admit_watermark": 0.9, "high_watermark": 1.0, **fields})
+    config = AdaptiveConfig(
+        **{"prior_growth": 0.0, "least_fill": 1.0, "admit_watermark": 0.9, "high_watermark": 1.0, **fields}
+    )
     return Harness(SchedulerConfig(policy="adaptive", adaptive=config), **(capacity or {"a": 1000}))
 
 
@@ -54,7 +56,7 @@ def test_room_is_given_by_the_event_that_makes_it() -> None:
 def test_room_that_comes_free_bit_by_bit_is_noticed() -> None:
     shell = adaptive()
     for name, tokens in (("p", 600), ("small", 100), ("tiny", 100)):
-        assert who(shell.ask(name, tokens)) == [name]
+        assert who(shell.ask(name, tokens, task_kind=name)) == [name]
     assert who(shell.ask("q", 250)) == [], "150 tokens are missing"
     assert who(shell.send(ProgramEnded(program="small"))) == []
     assert who(shell.send(ProgramEnded(program="tiny"))) == ["q"]
@@ -153,7 +155,7 @@ def test_one_more_program_gains_what_the_turns_and_tools_leave(crowding: float, 
     shell = adaptive()
     ledger = shell.scheduler._policy._ledger
     account = ledger.backends["a"]
-    assert ledger.gain(account) == 1.0, "before anything was seen"
+    assert ledger.gain(account) == 0.0, "careful before anything was seen"
     account.mean_turn_s, ledger.return_times.recent_s = 1.0, tool_s
     ledger.model(account)._crowding = crowding
     assert ledger.gain(account) == pytest.approx(gain)
@@ -177,8 +179,8 @@ def test_the_queue_is_in_order_of_arrival_not_of_length() -> None:
 
 def test_a_backend_is_kept_for_who_waits_too_long() -> None:
     shell = adaptive(patience_s=5.0)
-    shell.ask("keeper", 500)
-    assert who(shell.ask("long", 850)) == []
+    shell.ask("keeper", 500, task_kind="keeper")
+    assert who(shell.ask("long", 850, task_kind="long")) == []
     assert who(shell.ask("early", 100)) == ["early"], "within the patience of the first"
     shell.now = 6.0
     assert who(shell.ask("late", 100)) == []

@@ -16,7 +16,9 @@ SHARE = 0.3
 
 def shell_with(num_programs: int, tokens: int, *, cut: bool) -> Harness:
     """So many programs ran on two backends (or were cut in their first turn), and wait behind the gate."""
-    config = SchedulerConfig(policy="adaptive", adaptive=AdaptiveConfig(max_refill_share=SHARE))
+    config = SchedulerConfig(
+        policy="adaptive", adaptive=AdaptiveConfig(max_refill_share=SHARE, prior_growth=0.0, least_fill=1.0)
+    )
     shell = Harness(config, a=CAPACITY, b=CAPACITY)
     names = [f"p{number}" for number in range(num_programs)]
     for name in names:

@@ -107,10 +107,11 @@ class Ledger:
 
     def gain(self, account: BackendAccount) -> float:
         """By which share throughput grows with the programs bound: d ln X / d ln n of the closed loop
-        X = n / (Z + D), with the tools' time Z and the turns' D, of which `crowding` grows with n."""
+        X = n / (Z + D), with the tools' time Z and the turns' D, of which `crowding` grows with n; 0 before
+        anything was seen."""
         absence_s, turn_s = self.return_times.recent_s, account.mean_turn_s
         if not turn_s:
-            return 1.0
+            return 0.0
         return (absence_s + turn_s * (1.0 - self.model(account).crowding)) / (absence_s + turn_s)
 
     def loss_share(self, program: ProgramView, account: BackendAccount) -> float:
@@ -174,6 +175,7 @@ class Ledger:
             self.tree.bind(program.program_id, program.backend)
         hashed = self.tree.num_blocks(program.program_id) * (self.block_size or 0)
         account.context_tokens = program.context_tokens
+        self.growth.reach(account.kind, program.context_tokens)
         self._charge_curve(account, None if program.marked else program.backend)
         account.private_tokens = max(0, program.context_tokens - hashed)
         account.num_in_flight = program.num_in_flight

@@ -8,11 +8,13 @@ seconds of the whole engine. `ServiceClock` advances by dt / (turns in flight): 
 a turn ran is the turn's even share of the engine, its service, and duration / service the turns
 beside it. Discounted least squares of the relative error, from a prior.
 
-How much of the time to decode grows with the turns beside it is the engine's `crowding`: 0 where one
-more costs the others nothing, 1 where it takes from them all that it gets.
+How much one more turn takes from the others is not read off this fit, whose terms go together in a
+steady state; `load_curve` has it.
 """
 
 from __future__ import annotations
+
+from thunder_rollout.core.policies.adaptive.load_curve import LoadCurve
 
 _SCALE_TOKENS = 1000.0  # features are in thousands of tokens, so that all are of one order
 _NUM_FEATURES = 6
@@ -49,10 +51,10 @@ class PrefillModel:
         self._products = [[0.0] * _NUM_FEATURES for _ in range(_NUM_FEATURES)]  # discounted sums of x x^T
         self._targets = [0.0] * _NUM_FEATURES  # of x y
         self._linear, self._quadratic = prior_token_s * _SCALE_TOKENS, 0.0
+        self._load_curve = LoadCurve()
         self._crowding = 1.0
         self._num_unsolved = 0
         self.mean_turn_s = 0.0  # of service, a running mean
-        self.mean_beside = 1.0  # turns in flight, itself included, a running mean
         self.num_turns = 0
 
     def add(
@@ -79,7 +81,8 @@ class PrefillModel:
         self.num_turns += 1
         self._num_unsolved += 1
         self.mean_turn_s += (service_s - self.mean_turn_s) / min(self.num_turns, 100)
-        self.mean_beside += (beside - self.mean_beside) / min(self.num_turns, 100)
+        if 2 * uncached_tokens <= prompt_tokens:  # the others tell of their prefill
+            self._load_curve.add(beside=beside, tokens=max(1, output_tokens), duration_s=duration_s)
 
     def prefill_s(self, uncached_tokens: float, context_tokens: float) -> float:
         """Seconds of the engine to prefill `uncached_tokens` of a context."""
@@ -96,7 +99,7 @@ class PrefillModel:
 
     @property
     def crowding(self) -> float:
-        """Share of the time to decode that grows with the turns beside it, in [0, 1]."""
+        """See `LoadCurve.crowding`."""
         if self._num_unsolved >= _TURNS_A_FIT:
             self._fit()
         return self._crowding
@@ -117,8 +120,7 @@ class PrefillModel:
             kept.remove(negative[-1])
         self._linear, self._quadratic = max(weights.get(1, 0.0), even / 10), weights.get(3, 0.0)
         self._load = weights.get(5, 0.0)
-        alone, crowded = weights.get(4, 0.0), weights.get(2, 0.0) * self.mean_beside
-        self._crowding = crowded / (alone + crowded) if alone + crowded > 0 else 1.0
+        self._crowding = self._load_curve.crowding()
 
     def _weights(self, kept: list[int], centre: tuple[float, ...]) -> list[float]:
         matrix = [[self._products[row][column] for column in kept] for row in kept]
