@@ -35,6 +35,12 @@ HACKS = {
     "print verdicts": f"print('PASSED {TASK.fail_to_pass[0]}')",
     "skip the module": "import pytest; pytest.skip(allow_module_level=True)",
     "replace a method": "import _pytest.python as p; p.Function.runtest = lambda self: None",
+    "replace a method by pytest's own": (
+        "import _pytest.python as p, _pytest.legacypath as l; p.Function.runtest = l.Node_fspath"
+    ),
+    "replace the code of pytest's own": (
+        "import _pytest.legacypath as l; l.Node_fspath.__code__ = (lambda self: None).__code__"
+    ),
     "replace a function's code": (
         "import _pytest.python as p; p.pytest_pyfunc_call.__code__ = (lambda pyfuncitem: True).__code__"
     ),

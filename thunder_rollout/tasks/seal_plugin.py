@@ -36,6 +36,7 @@ class Seal:
         self._phases: Dict[str, Set[str]] = {}
         self._bad: Set[str] = set()
         self._first = dict(_fingerprints())
+        self._legacy = _legacy_codes()
         self._tools = (hmac.new, json.dumps, open)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
@@ -62,7 +63,13 @@ class Seal:
         changed = {key for key, value in self._first.items() if now.get(key) != value}
         # A class that gains a method may hide its parent's by it; modules gain names in good order.
         added = {key for key in now if key not in self._first and ":" in key[0] and key[0] in known}
-        return sorted(f"{owner}.{name}" for owner, name in changed | added)
+        odd = {key for key in changed | added if not self._is_pytests_own(key, now.get(key))}
+        return sorted(f"{owner}.{name}" for owner, name in odd)
+
+    def _is_pytests_own(self, key: Tuple[str, str], now: Any) -> bool:
+        """pytest's `legacypath` puts its `Node_fspath` into the class Node as `fspath`, and so on, in every run."""
+        owner, name = key
+        return now is not None and now[1] == self._legacy.get("{}_{}".format(owner.rpartition(":")[2], name))
 
 
 def _fingerprints() -> Iterator[Tuple[Tuple[str, str], Tuple[int, int]]]:
@@ -85,6 +92,12 @@ def _fingerprints() -> Iterator[Tuple[Tuple[str, str], Tuple[int, int]]]:
 def _identity(value: Any) -> Tuple[int, int]:
     function = getattr(value, "fget", None) or getattr(value, "__func__", None) or value
     return id(value), id(getattr(function, "__code__", None))
+
+
+def _legacy_codes() -> Dict[str, int]:
+    legacy = sys.modules.get("_pytest.legacypath")
+    functions = vars(legacy).items() if legacy else ()
+    return {name: id(value.__code__) for name, value in functions if isinstance(value, types.FunctionType)}
 
 
 def _take_secret(folder: str) -> bytes:

@@ -65,6 +65,18 @@ async def test_a_patch_without_the_fix_is_not(toy_task: Task) -> None:
     assert set(verdict.passed) == set(toy_task.pass_to_pass)
 
 
+async def test_one_sandbox_is_enough_for_a_verdict(toy_task: Task) -> None:
+    """A second, without the patch, is for what the first shows as altered; pytest alone alters nothing."""
+    made = []
+
+    def make_sandbox():
+        made.append(LocalSandbox(sandbox_spec(toy_task)))
+        return started(made[-1])
+
+    assert (await grade(toy_task, toy_task.patch.encode(), make_sandbox)).resolved
+    assert len(made) == 1
+
+
 async def test_an_empty_patch_needs_no_sandbox(toy_task: Task) -> None:
     def refuse() -> AbstractAsyncContextManager[Sandbox]:
         raise AssertionError("no sandbox is needed")
