@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import os
 import uuid
 from collections import Counter
@@ -23,6 +24,8 @@ from thunder_rollout.remote import remote_call
 from thunder_rollout.sandbox.actor import create_sandbox_fleet
 from thunder_rollout.sandbox.config import SandboxConfig
 from thunder_rollout.sandbox.remote import FleetHandles, RemoteSandboxHosts
+
+logger = logging.getLogger(__name__)
 
 MAX_CONCURRENCY = 10_000
 WATCH_S = 2.0
@@ -50,6 +53,9 @@ class HostsPort(Protocol):
 
     async def num_running(self) -> int: ...
 
+    async def any_lives(self) -> bool:
+        """Whether a program can still be placed."""
+
     def expect(self, images: list[str]) -> None: ...
 
     def sample_started(self, image: str) -> None: ...
@@ -64,7 +70,7 @@ class Hub:
     def __init__(
         self,
         open_fleet: Callable[[list[str]], Awaitable[Fleet]],
-        hosts_of: Callable[[FleetHandles], HostsPort] = RemoteSandboxHosts,
+        hosts_of: Callable[[FleetHandles], HostsPort],
     ) -> None:
         self._open_fleet = open_fleet
         self._hosts_of = hosts_of
@@ -79,13 +85,18 @@ class Hub:
         self._lost_workers: list[str] = []
 
     async def fleet(self, images: list[str]) -> Fleet:
-        """Started by the first caller. Raises `ConfigError`, `SandboxFailed`."""
+        """Started by the first caller, and again by one that comes when all hosts are gone. Raises `ConfigError`,
+        `SandboxFailed`."""
         async with self._opening:
-            if self._fleet is None:
+            if self._hosts is None or not await self._hosts.any_lives():
+                if self._keeping is not None:
+                    logger.warning("every sandbox host is gone; starting them again")
+                    self._keeping.cancel()
                 self._fleet = await self._open_fleet(images)
                 self._hosts = self._hosts_of(self._fleet.handles)
                 self._keeping = asyncio.create_task(self._hosts.keep_alive(), name="keep sandboxes alive")
                 self._hosts.expect(self._images)
+            assert self._fleet is not None
             return self._fleet
 
     def expect(self, images: list[str]) -> None:
@@ -134,18 +145,30 @@ class Hub:
         values = {"thunder/stale": float(failures.pop(Stale.kind, 0))}  # the trainer's doing, not a failure
         values |= {f"thunder/failures/{kind}": float(count) for kind, count in failures.items()}
         values["thunder/failures/all"] = float(failures.total())
-        if self._hosts is not None:
+        if self._hosts is not None and await self._hosts.any_lives():
             values["thunder/sandboxes"] = float(await self._hosts.num_running())
         if self._router is not None:
             values |= await remote_call(self._router.metrics.remote(), died=EngineDied, what="the router")
         return values
 
 
+class FleetHosts(RemoteSandboxHosts):
+    """The hosts as the hub sees them."""
+
+    async def any_lives(self) -> bool:
+        try:
+            await self.num_running()
+        except SandboxFailed:
+            return False  # nobody places programs any more
+        answers = await asyncio.gather(*(host.stats() for host in self._hosts), return_exceptions=True)
+        return not all(isinstance(answer, BaseException) for answer in answers)
+
+
 class HubActor:
     """`Hub` in a process of its own; adds nothing to it."""
 
     def __init__(self, config: SandboxConfig) -> None:
-        self._hub = Hub(lambda images: _open_fleet(config, images))
+        self._hub = Hub(lambda images: _open_fleet(config, images), FleetHosts)
 
     async def fleet(self, images: list[str]) -> Fleet:
         return await self._hub.fleet(images)

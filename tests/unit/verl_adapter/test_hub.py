@@ -19,6 +19,10 @@ FLEET = Fleet(run="r", handles=FleetHandles(fleet=None, hosts=()), backend="fake
 class Hosts:
     expected: list[str] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
+    lives: bool = True
+
+    async def any_lives(self) -> bool:
+        return self.lives
 
     async def keep_alive(self) -> None:
         await asyncio.Event().wait()
@@ -70,6 +74,19 @@ async def test_hosts_are_started_once_however_many_ask() -> None:
     hub = Hub(opened, lambda _: Hosts())
     fleets = await asyncio.gather(*(hub.fleet([f"image{i}"]) for i in range(5)))
     assert (fleets, opened.images) == ([FLEET] * 5, [["image0"]])
+
+
+async def test_hosts_that_are_all_gone_are_started_again_and_know_what_is_to_come() -> None:
+    opened, made = Opened(), [Hosts(), Hosts()]
+    hosts = iter(made)
+    hub = Hub(opened, lambda _: next(hosts))
+    await hub.fleet(["image"])
+    hub.expect(["a"])
+    made[0].lives = False
+    assert "thunder/sandboxes" not in await hub.figures()
+    await hub.fleet(["image"])
+    await hub.fleet(["image"])
+    assert (len(opened.images), made[1].expected) == (2, ["a"])
 
 
 async def test_a_start_that_failed_is_tried_again_by_the_next() -> None:
