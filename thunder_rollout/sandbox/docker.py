@@ -19,7 +19,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import secrets
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -29,16 +28,14 @@ from docker.errors import APIError, ImageNotFound, NotFound
 from docker.types import Ulimit
 
 from thunder_rollout.errors import SandboxFailed
+from thunder_rollout.sandbox.channel import CHANNEL_SCRIPT, KILLED, Channel, Marked, NotRunnable
 from thunder_rollout.sandbox.docker_engine import RUN_LABEL, AttachedStream, DockerEngine, remove_container
 from thunder_rollout.sandbox.gitdiff import SCRATCH
-from thunder_rollout.sandbox.output import OutputBuffer
 from thunder_rollout.sandbox.protocol import SandboxSpec
-from thunder_rollout.sandbox.shell import INIT_SCRIPT, NOT_RUNNABLE, Exit, ShellSandbox
+from thunder_rollout.sandbox.shell import INIT_SCRIPT, ShellSandbox
 
 logger = logging.getLogger(__name__)
 
-_KILL_EVERY_S = 0.5
-_KILL_PATIENCE_S = 10.0
 _DEATH_PATIENCE_S = 1.0
 _DISK_EVERY_S = 1.0
 _KEPT_CAPABILITIES = ["CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID"]
@@ -55,11 +52,6 @@ _ENV = {
     "GIT_CONFIG_KEY_2": "user.email",
     "GIT_CONFIG_VALUE_2": "agent@localhost",
 }
-
-# Ends the output with a marker and the exit code: a daemon may hold the stream open for longer.
-_MERGED = 'bash -c "$2" bash "${@:3}" 2>&1; printf "%s%d;" "$1" "$?"'
-_STDOUT_ONLY = 'bash -c "$2" bash "${@:3}"; printf "%s%d;" "$1" "$?"'
-_MAX_CODE_BYTES = 4
 
 
 class DockerSandbox(ShellSandbox):
@@ -131,71 +123,25 @@ class DockerSandbox(ShellSandbox):
         lease = int(time.time() + self.spec.limits.ttl_s)
         return {RUN_LABEL: "none"} | labels | {"thunder.lease": str(lease)}
 
-    async def _run(
-        self,
-        script: str,
-        args: tuple[str, ...],
-        *,
-        stdin: bytes,
-        env: dict[str, str],
-        timeout_s: float,
-        output: OutputBuffer,
-        merge_stderr: bool,
-    ) -> Exit:
-        marker = f"<{secrets.token_hex(8)}>"
-        wrapper = _MERGED if merge_stderr else _STDOUT_ONLY
-        argv = ["bash", "-c", wrapper, "bash", marker, script, *args]
-        started = asyncio.ensure_future(self._engine.call(lambda: self._start_exec(argv, env, bool(stdin))))
+    async def _open(self) -> Channel:
+        opening = asyncio.ensure_future(self._engine.call(self._start_bash))
         try:
-            exec_id, stream = await asyncio.shield(started)
+            return await asyncio.shield(opening)
         except asyncio.CancelledError:
-            await asyncio.shield(self._abandon(started))
+            opening.add_done_callback(_close_unused)
             raise
         except APIError as error:
             await self._require_alive()
-            output.feed(f"the container could not run it: {error.explanation}\n".encode())
-            return Exit(code=NOT_RUNNABLE, timed_out=False)
-        try:
-            return await self._follow(exec_id, stream, _Marked(marker, output), stdin, timeout_s)
-        finally:
-            stream.close()
+            raise NotRunnable(f"the container could not run it: {error.explanation}") from error
 
-    def _start_exec(self, argv: list[str], env: dict[str, str], stdin: bool) -> tuple[str, AttachedStream]:
+    def _start_bash(self) -> _Exec:
         api = self._engine.client.api
-        created = api.exec_create(self._container, argv, stdin=stdin, environment=env, workdir="/", user="0:0")
-        return created["Id"], AttachedStream(api.exec_start(created["Id"], socket=True))
-
-    async def _abandon(self, started: asyncio.Future[tuple[str, AttachedStream]]) -> None:
-        try:
-            _, stream = await started
-        except (APIError, SandboxFailed):
-            return
-        await self._kill_until_ended(_Marked("", OutputBuffer(0)), stream)
-        stream.close()
-
-    async def _follow(
-        self, exec_id: str, stream: AttachedStream, marked: _Marked, stdin: bytes, timeout_s: float
-    ) -> Exit:
-        try:
-            async with asyncio.timeout(timeout_s), self._disk_watched(marked):
-                if stdin:
-                    await stream.send(stdin)
-                await _read_to_end(stream, marked)
-        except TimeoutError:
-            await asyncio.shield(self._kill_until_ended(marked, stream))
-            marked.finish()
-            return Exit(code=137, timed_out=True)
-        except asyncio.CancelledError:
-            await asyncio.shield(self._kill_until_ended(marked, stream))
-            raise
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # it ended without reading its stdin; its exit code tells
-        marked.finish()
-        code = marked.code if marked.code is not None else await self._exit_code(exec_id)
-        return Exit(code=code, timed_out=False)
+        argv = ["bash", "--norc", "-c", CHANNEL_SCRIPT]
+        created = api.exec_create(self._container, argv, stdin=True, workdir="/", user="0:0")
+        return _Exec(created["Id"], AttachedStream(api.exec_start(created["Id"], socket=True)))
 
     @asynccontextmanager
-    async def _disk_watched(self, marked: _Marked) -> AsyncIterator[None]:
+    async def _watched(self, marked: Marked) -> AsyncIterator[None]:
         """For engines without quotas: a command that fills the disk ends, and is told why."""
         if self._engine.has_quota:
             yield
@@ -207,7 +153,7 @@ class DockerSandbox(ShellSandbox):
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
 
-    async def _kill_when_over_disk(self, marked: _Marked) -> None:
+    async def _kill_when_over_disk(self, marked: Marked) -> None:
         limit_bytes, api = self.spec.limits.disk_bytes, self._engine.client.api
         while True:
             await asyncio.sleep(_DISK_EVERY_S)
@@ -217,15 +163,7 @@ class DockerSandbox(ShellSandbox):
                 await self._clear()
                 return
 
-    async def _kill_until_ended(self, marked: _Marked, stream: AttachedStream) -> None:
-        for _ in range(int(_KILL_PATIENCE_S / _KILL_EVERY_S)):
-            await self._clear()
-            try:
-                async with asyncio.timeout(_KILL_EVERY_S):
-                    await _read_to_end(stream, marked)
-                return
-            except TimeoutError:
-                continue
+    async def _end(self) -> None:
         await self._engine.call(lambda: remove_container(self._engine, self._container))
         raise SandboxFailed("sandbox: a command would not die; the container was removed")
 
@@ -233,21 +171,24 @@ class DockerSandbox(ShellSandbox):
         if self._stdin is not None:
             self._stdin.send_now(b"kill\n")
 
-    async def _exit_code(self, exec_id: str) -> int:
-        """Of a command whose shell was killed before it could say: by the command, or because the
-        whole container is going, which the engine admits only after a moment."""
+    async def _code_of(self, channel: Channel) -> int:
+        """It was killed by a command, or because the whole container is going, which the engine admits only
+        after a moment."""
+        assert isinstance(channel, _Exec)
         code: int | None = None
         deadline_s = time.monotonic() + _DEATH_PATIENCE_S
         while time.monotonic() < deadline_s:
             self._require_running()
             await self._require_alive()
             try:
-                state: dict[str, Any] = await self._engine.call(lambda: self._engine.client.api.exec_inspect(exec_id))
+                state: dict[str, Any] = await self._engine.call(
+                    lambda: self._engine.client.api.exec_inspect(channel.exec_id)
+                )
             except APIError as error:
                 raise SandboxFailed(f"sandbox: it died under a command: {error.explanation}") from error
             code = state["ExitCode"]
             await asyncio.sleep(0.1)
-        return 137 if code is None else code
+        return KILLED if code is None else code
 
     async def _require_alive(self) -> None:
         try:
@@ -277,42 +218,24 @@ class DockerSandbox(ShellSandbox):
             await asyncio.sleep(0.05)
 
 
-class _Marked:
-    """Feeds an output up to the marker, and reads the exit code after it."""
+class _Exec:
+    """The `Channel` of a container."""
 
-    def __init__(self, marker: str, output: OutputBuffer) -> None:
-        self._marker = marker.encode()
-        self._output = output
-        self._held = b""
-        self._note = b""
-        self.code: int | None = None
+    def __init__(self, exec_id: str, stream: AttachedStream) -> None:
+        self.exec_id = exec_id
+        self._stream = stream
 
-    def feed(self, chunk: bytes) -> None:
-        if self.code is not None:
-            return
-        self._held += chunk
-        position = self._held.find(self._marker) if self._marker else -1
-        if position >= 0:
-            code, end, _ = self._held[position + len(self._marker) :].partition(b";")
-            if end:
-                self.code = int(code)
-                self._output.feed(self._held[:position])
-                self._held = b""
-            return
-        keep = len(self._marker) + _MAX_CODE_BYTES
-        self._output.feed(self._held[:-keep])
-        self._held = self._held[-keep:]
+    async def send(self, content: bytes) -> None:
+        await self._stream.send(content)
 
-    def note(self, line: bytes) -> None:
-        """For the end of the output."""
-        self._note = line
+    async def read(self) -> bytes:
+        frame = await self._stream.frame()
+        return frame[1] if frame is not None else b""
 
-    def finish(self) -> None:
-        self._output.feed(self._held + self._note)
-        self._held = self._note = b""
+    def close(self) -> None:
+        self._stream.close()
 
 
-async def _read_to_end(stream: AttachedStream, marked: _Marked) -> None:
-    while marked.code is None and (frame := await stream.frame()) is not None:
-        if frame[0] == 1:
-            marked.feed(frame[1])
+def _close_unused(opening: asyncio.Future[_Exec]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().close()

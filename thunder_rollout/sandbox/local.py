@@ -27,18 +27,16 @@ from collections.abc import Callable
 
 from thunder_rollout.errors import SandboxFailed
 from thunder_rollout.sandbox import cgroups
+from thunder_rollout.sandbox.channel import CHANNEL_SCRIPT, Channel
 from thunder_rollout.sandbox.namespaces import exec_argv, inner_env, missing_tools, start_argv
-from thunder_rollout.sandbox.output import OutputBuffer
 from thunder_rollout.sandbox.protocol import SandboxSpec
-from thunder_rollout.sandbox.shell import Exit, ShellSandbox
+from thunder_rollout.sandbox.shell import ShellSandbox
 
 logger = logging.getLogger(__name__)
 
 _MARKER = "thunder-sandbox:"
-_CHUNK_BYTES = 65_536  # also what a Linux pipe holds
+_CHUNK_BYTES = 65_536
 _PF_EXITING = 0x4  # linux/sched.h, the flags of /proc/<pid>/stat
-_KILL_EVERY_S = 0.2
-_KILL_PATIENCE_S = 5.0
 _REMEDY = (
     "allow unprivileged user namespaces (sysctl kernel.unprivileged_userns_clone=1, user.max_user_namespaces>0, "
     "kernel.apparmor_restrict_unprivileged_userns=0), run as root, or use sandbox.backend=docker"
@@ -79,94 +77,33 @@ class LocalSandbox(ShellSandbox):
             raise SandboxFailed(f"sandbox: no namespaces for it ({text or 'no message'}); {_REMEDY}")
         self._init_pid = int(ready.split()[1])
 
-    async def _run(
-        self,
-        script: str,
-        args: tuple[str, ...],
-        *,
-        stdin: bytes,
-        env: dict[str, str],
-        timeout_s: float,
-        output: OutputBuffer,
-        merge_stderr: bool,
-    ) -> Exit:
+    async def _open(self) -> Channel:
         self._require_init()
-        if self._cgroup is None:
-            script = self._rlimits() + script
-        argv = exec_argv(self._init_pid, script, args, env=env, procs_files=self._procs_files())
+        script = CHANNEL_SCRIPT if self._cgroup is not None else self._rlimits() + CHANNEL_SCRIPT
         reader, writer = os.pipe()
-        os.set_blocking(reader, False)
-        loop = asyncio.get_running_loop()
         try:
-            process = await self._spawn(argv, stdin=bool(stdin), writer=writer, merge_stderr=merge_stderr)
-            loop.add_reader(reader, self._on_readable, loop, reader, output)
-            timed_out = await self._wait(process, stdin, timeout_s)
-            _drain(reader, output)
-        finally:
-            loop.remove_reader(reader)
-            os.close(reader)
-        code = process.returncode or 0
-        if code != 0:
-            self._require_init()
-        return Exit(code=128 - code if code < 0 else code, timed_out=timed_out)
-
-    async def _spawn(
-        self, argv: list[str], *, stdin: bool, writer: int, merge_stderr: bool
-    ) -> asyncio.subprocess.Process:
-        try:
-            return await asyncio.create_subprocess_exec(
-                *argv,
-                stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
+            process = await asyncio.create_subprocess_exec(
+                *exec_argv(self._init_pid, script, procs_files=self._procs_files()),
+                stdin=subprocess.PIPE,
                 stdout=writer,
-                stderr=writer if merge_stderr else subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
                 start_new_session=True,
                 env=inner_env(),
                 cwd="/",
             )
-        except asyncio.CancelledError:
-            await self._clear()
+        except BaseException:
+            os.close(reader)
             raise
         finally:
             os.close(writer)
+        return _Bash(process, reader)
 
-    @staticmethod
-    def _on_readable(loop: asyncio.AbstractEventLoop, reader: int, output: OutputBuffer) -> None:
-        try:
-            chunk = os.read(reader, _CHUNK_BYTES)
-        except BlockingIOError:
-            return
-        if not chunk:
-            loop.remove_reader(reader)
-        output.feed(chunk)
-
-    async def _wait(self, process: asyncio.subprocess.Process, stdin: bytes, timeout_s: float) -> bool:
-        """True if it had to be killed for the time; kills it on cancellation too."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                if process.stdin is not None:
-                    await _write(process.stdin, stdin)
-                await process.wait()
-            return False
-        except TimeoutError:
-            await asyncio.shield(self._kill_until_ended(process))
-            return True
-        except asyncio.CancelledError:
-            await asyncio.shield(self._kill_until_ended(process))
-            raise
-
-    async def _kill_until_ended(self, process: asyncio.subprocess.Process) -> None:
-        for _ in range(int(_KILL_PATIENCE_S / _KILL_EVERY_S)):
-            await self._clear()
-            try:
-                async with asyncio.timeout(_KILL_EVERY_S):
-                    await process.wait()
-                return
-            except TimeoutError:
-                continue
-        self._kill_init()
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
+    async def _code_of(self, channel: Channel) -> int:
+        assert isinstance(channel, _Bash)
+        channel.close()
+        code = await channel.process.wait()
+        self._require_init()
+        return 128 - code if code < 0 else code
 
     async def _clear(self) -> None:
         if self._control >= 0:
@@ -197,6 +134,9 @@ class LocalSandbox(ShellSandbox):
         else:
             self._process.kill()  # not ready yet: --kill-child passes it on
 
+    async def _end(self) -> None:
+        self._kill_init()
+
     async def _destroy(self) -> None:
         if self._control >= 0:
             os.close(self._control)
@@ -204,6 +144,8 @@ class LocalSandbox(ShellSandbox):
         if self._process is not None:
             self._kill_init()
             await self._process.wait()
+        if isinstance(self._channel, _Bash):
+            await self._channel.process.wait()
         if self._cgroup is not None:
             await _until(self._cgroup.remove)
 
@@ -269,14 +211,39 @@ def _tool_path() -> str:
     return os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
 
 
-async def _write(pipe: asyncio.StreamWriter, content: bytes) -> None:
-    try:
-        pipe.write(content)
-        await pipe.drain()
-        pipe.close()
-        await pipe.wait_closed()
-    except (BrokenPipeError, ConnectionResetError):
-        pass
+class _Bash:
+    """The `Channel` of a local sandbox. Its stdout is a pipe of our own: asyncio's would count as open, and the
+    process as running, for as long as a daemon holds it."""
+
+    def __init__(self, process: asyncio.subprocess.Process, reader: int) -> None:
+        self.process = process
+        self._reader = reader
+        os.set_blocking(reader, False)
+
+    async def send(self, content: bytes) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(content)
+        await self.process.stdin.drain()
+
+    async def read(self) -> bytes:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                return os.read(self._reader, _CHUNK_BYTES)
+            except BlockingIOError:
+                readable = asyncio.Event()
+                loop.add_reader(self._reader, readable.set)
+                try:
+                    await readable.wait()
+                finally:
+                    loop.remove_reader(self._reader)
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        if self._reader >= 0:
+            os.close(self._reader)
+            self._reader = -1
 
 
 async def _until(done: Callable[[], bool], every_s: float = 0.005) -> None:
@@ -284,17 +251,3 @@ async def _until(done: Callable[[], bool], every_s: float = 0.005) -> None:
         if done():
             return
         await asyncio.sleep(every_s)
-
-
-def _drain(reader: int, output: OutputBuffer) -> None:
-    """What the command wrote before it ended is at most one pipe's fill."""
-    left = _CHUNK_BYTES
-    while left > 0:
-        try:
-            chunk = os.read(reader, left)
-        except BlockingIOError:
-            return
-        if not chunk:
-            return
-        output.feed(chunk)
-        left -= len(chunk)

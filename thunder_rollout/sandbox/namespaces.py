@@ -79,18 +79,12 @@ def start_argv(limits: SandboxLimits, *, procs_files: list[str], marker: str) ->
     return _placed(procs_files, [*shield, *outer, "--", *_BASH, build, marker])
 
 
-def exec_argv(
-    init_pid: int, script: str, args: tuple[str, ...], *, env: dict[str, str], procs_files: list[str]
-) -> list[str]:
-    """The command that runs `script` inside, as the sandbox's root and without capabilities.
-
-    `env` is set inside only: a task's variables (LD_PRELOAD, say) must not reach host programs.
-    """
+def exec_argv(init_pid: int, script: str, *, procs_files: list[str]) -> list[str]:
+    """The command that runs `script` inside, as the sandbox's root and without capabilities."""
     nsenter = ["nsenter", f"--target={init_pid}", "--preserve-credentials", "--user", *_NAMESPACES, "--"]
     if os.geteuid() == 0:
         nsenter = [*_BECOME_SANDBOX_USER, *nsenter]
-    inside = [*_DROP_CAPABILITIES, "env", *(f"{key}={value}" for key, value in env.items())]
-    return _placed(procs_files, [*nsenter, *inside, *_BASH, script, "bash", *args])
+    return _placed(procs_files, [*nsenter, *_DROP_CAPABILITIES, *_BASH, script])
 
 
 def inner_env() -> dict[str, str]:

@@ -1,8 +1,8 @@
 """What Docker and local sandboxes share: everything is a shell script run inside.
 
-A backend provides four primitives (`_boot`, `_run`, `_alive`, `_destroy`); `ShellSandbox` makes
-the `Sandbox` contract out of them. Invariants:
-- one command at a time: calls on one sandbox queue up;
+A backend provides a few primitives; `ShellSandbox` makes the `Sandbox` contract out of them. Invariants:
+- one command at a time: calls on one sandbox queue up. All go through one channel (see `channel`),
+  opened again when a command took it along;
 - a command that times out, or whose call is cancelled, takes every process of the sandbox with
   it except PID 1, daemons of earlier commands included. `kill -9 -1` from PID 1 is the one way
   that neither `setsid` nor a fork bomb escapes. A command that ends in time leaves its
@@ -18,10 +18,10 @@ import io
 import logging
 import tarfile
 import time
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from abc import abstractmethod
 
 from thunder_rollout.errors import SandboxFailed
+from thunder_rollout.sandbox.channel import NOT_RUNNABLE, CommandRunner
 from thunder_rollout.sandbox.gitdiff import DIFF_SCRIPT, NO_BASE, NO_REPOSITORY
 from thunder_rollout.sandbox.gitscrub import SCRUB_SCRIPT
 from thunder_rollout.sandbox.output import OutputBuffer
@@ -30,7 +30,6 @@ from thunder_rollout.sandbox.protocol import ExecResult, SandboxSpec
 logger = logging.getLogger(__name__)
 
 TIMED_OUT = 124
-NOT_RUNNABLE = 126
 MAX_COMMAND_BYTES = 100_000  # Linux takes 128 KiB in one argument
 MAX_FILE_BYTES = 64 * 1024**2  # read_file and diff beyond it are refused, for the host's memory
 INTERNAL_TIMEOUT_S = 60.0  # reading and writing files, diffs
@@ -63,16 +62,11 @@ _UNPACK_SCRIPT = 'head -c "$1" | tar -x -f - -C / --no-same-owner --keep-directo
 _WORKDIR_SCRIPT = 'cd -- "$1" && { git rev-parse -q --verify HEAD 2>/dev/null || true; }'
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Exit:
-    code: int
-    timed_out: bool
-
-
-class ShellSandbox(ABC):
+class ShellSandbox(CommandRunner):
     """The `Sandbox` contract over shell scripts; see the module's docstring."""
 
     def __init__(self, spec: SandboxSpec, *, start_timeout_s: float = 120.0) -> None:
+        super().__init__()
         self.spec = spec
         self._start_timeout_s = start_timeout_s
         self._lock = asyncio.Lock()
@@ -83,25 +77,6 @@ class ShellSandbox(ABC):
     @abstractmethod
     async def _boot(self) -> None:
         """Bring PID 1 up. Raises `SandboxFailed`. May leave parts behind: `_destroy` follows."""
-
-    @abstractmethod
-    async def _run(
-        self,
-        script: str,
-        args: tuple[str, ...],
-        *,
-        stdin: bytes,
-        env: dict[str, str],
-        timeout_s: float,
-        output: OutputBuffer,
-        merge_stderr: bool,
-    ) -> Exit:
-        """Run `bash -c script` inside as root in the workdir's `/`, feeding `output`.
-
-        Returns when the script's shell has ended, though its children may hold the output.
-        On timeout and on cancellation every process but PID 1 is dead before it ends. Raises
-        `SandboxFailed` if PID 1 is gone.
-        """
 
     @abstractmethod
     async def _require_alive(self) -> None:
@@ -213,6 +188,7 @@ class ShellSandbox(ABC):
         async with self._lock:
             self._require_running()
             await self._clear()
+            self._close_channel()
             for _ in range(_CLEAR_ATTEMPTS):  # PID 1 may take the order late, and then this dies of it
                 probe = OutputBuffer(0)
                 done = await self._run(
@@ -233,6 +209,8 @@ class ShellSandbox(ABC):
                 await self._destroy()
         except TimeoutError:
             logger.error("sandbox: not removed within %.0f s; the reaper will", DESTROY_TIMEOUT_S)
+        if not self._lock.locked():  # else the command under way sees its end, and closes it
+            self._close_channel()
 
     def _require_running(self) -> None:
         if not self._started or self._stopping is not None:
@@ -266,11 +244,8 @@ class ShellSandbox(ABC):
             if attempt == 2 or done.code in (NO_REPOSITORY, NO_BASE):
                 break
             await self._clear()
+            self._close_channel()
         raise _ScriptFailed(f"sandbox: {what}: failed with exit code {done.code}", done.code)
-
-    @abstractmethod
-    async def _clear(self) -> None:
-        """End every process but PID 1."""
 
 
 class _ScriptFailed(SandboxFailed):
