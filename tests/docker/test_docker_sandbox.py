@@ -13,6 +13,7 @@ from dataclasses import replace
 import docker
 import pytest
 
+from tests.support.resting_contract import *  # noqa: F403
 from tests.support.sandbox_contract import *  # noqa: F403
 from tests.support.sandbox_contract import LIMITS, SPEC, MakeSandbox, started
 from thunder_rollout.errors import ConfigError, SandboxFailed
@@ -27,7 +28,7 @@ RUN = f"test-docker-{os.getpid()}"
 def engine(client: docker.DockerClient) -> Iterator[DockerEngine]:
     engine = DockerEngine()
     yield engine
-    left = [*containers(client, RUN), *containers(client, "cancelled")]
+    left = [*containers(client, RUN), *containers(client, "cancelled"), *kept_images(client, RUN)]
     engine.close()
     assert left == []
 
@@ -39,6 +40,10 @@ def make(engine: DockerEngine) -> MakeSandbox:
 
 def containers(client: docker.DockerClient, run: str) -> list[str]:
     return [found["Id"] for found in client.api.containers(all=True, filters={"label": f"thunder.run={run}"})]
+
+
+def kept_images(client: docker.DockerClient, run: str) -> list[str]:
+    return [found["Id"] for found in client.api.images(all=True, filters={"label": f"thunder.run={run}"})]
 
 
 async def test_labels_and_limits_are_the_engines(make: MakeSandbox, client: docker.DockerClient) -> None:

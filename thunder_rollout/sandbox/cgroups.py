@@ -21,9 +21,13 @@ from thunder_rollout.sandbox.protocol import SandboxLimits
 
 logger = logging.getLogger(__name__)
 
-_PARENT = "thunder"
+PARENT = "thunder"
+DOCKER_PARENT = "thunder-docker"
+EVEN_SHARES = 1024
+_EVEN_WEIGHT = 100  # what v2 calls as much
 _CPU_PERIOD_US = 100_000
 _CONTROLLERS = ("memory", "pids", "cpu")
+_FREEZER = "freezer"  # of v1; v2 has no controller for it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +38,18 @@ class Cgroup:
         """Writing a process id to each puts the process under the limits."""
         return [str(folder / "cgroup.procs") for folder in self.folders]
 
+    def freeze(self) -> bool:
+        """Begin to stop all processes inside; False where there is no freezer."""
+        return any(_set_frozen(folder, frozen=True) for folder in self.folders)
+
+    def is_frozen(self) -> bool:
+        return any(_is_frozen(folder) for folder in self.folders)
+
+    def thaw(self) -> None:
+        """Idempotent."""
+        for folder in self.folders:
+            _set_frozen(folder, frozen=False)
+
     def remove(self) -> bool:
         """Kill what is inside and remove the groups; False if processes are still dying."""
         removed = [_remove(folder) for folder in self.folders]
@@ -43,7 +59,7 @@ class Cgroup:
 def create(run: str, name: str, limits: SandboxLimits, root: Path = Path("/sys/fs/cgroup")) -> Cgroup | None:
     if os.geteuid() != 0:
         return None
-    cgroup = Cgroup(folders=tuple(base / _PARENT / safe_name(run) / safe_name(name) for base in _hierarchies(root)))
+    cgroup = Cgroup(folders=tuple(base / PARENT / safe_name(run) / safe_name(name) for base in _hierarchies(root)))
     if not cgroup.folders:
         return None
     try:
@@ -57,12 +73,30 @@ def create(run: str, name: str, limits: SandboxLimits, root: Path = Path("/sys/f
     return cgroup
 
 
+def weigh(parent: str, cpu_shares: int, root: Path = Path("/sys/fs/cgroup")) -> bool:
+    """Give all groups under `parent` together so many CPU shares; a group that nobody weighed has `EVEN_SHARES`.
+    False where that can't be done here."""
+    bases = [base for base in _hierarchies(root) if _is_v2(root) or base.name == "cpu"] if os.geteuid() == 0 else []
+    try:
+        for base in bases:
+            (base / parent).mkdir(exist_ok=True)
+            if _is_v2(root):
+                (base / "cgroup.subtree_control").write_text("+cpu")
+                (base / parent / "cpu.weight").write_text(str(max(1, round(cpu_shares * _EVEN_WEIGHT / EVEN_SHARES))))
+            else:
+                (base / parent / "cpu.shares").write_text(str(cpu_shares))
+    except OSError as error:
+        logger.warning("the sandboxes' share of the CPU can't be set: %s", error)
+        return False
+    return bool(bases)
+
+
 def sweep(run: str | None, is_ours: Callable[[str], bool], root: Path = Path("/sys/fs/cgroup")) -> int:
     """Kill and remove the groups of `run` (None: of any) whose session `is_ours` accepts; how many sandboxes had
     one. Blocking, bounded."""
     names: set[str] = set()
     for base in _hierarchies(root):
-        for top in (base / _PARENT).glob(f"{safe_name(run) if run else '*'}/"):
+        for top in (base / PARENT).glob(f"{safe_name(run) if run else '*'}/"):
             for folder in top.glob("*/"):
                 if is_ours(folder.name.partition("-")[0]):
                     names.add(folder.name)
@@ -83,7 +117,7 @@ def _is_v2(root: Path) -> bool:
 def _hierarchies(root: Path) -> list[Path]:
     if _is_v2(root):
         return [root]
-    return [root / name for name in _CONTROLLERS if (root / name / "cgroup.procs").exists()]
+    return [root / name for name in (*_CONTROLLERS, _FREEZER) if (root / name / "cgroup.procs").exists()]
 
 
 def _make(folder: Path, *, v2: bool) -> None:
@@ -121,6 +155,7 @@ def _remove(folder: Path) -> bool:
             os.kill(int(pid), signal.SIGKILL)
     except (FileNotFoundError, ProcessLookupError):
         pass
+    _set_frozen(folder, frozen=False)  # v1: a frozen process dies when it is thawed
     try:
         folder.rmdir()
     except FileNotFoundError:
@@ -128,6 +163,22 @@ def _remove(folder: Path) -> bool:
     except OSError:
         return False
     return True
+
+
+def _set_frozen(folder: Path, *, frozen: bool) -> bool:
+    """False if the folder has no freezer."""
+    for name, value in (("freezer.state", "FROZEN" if frozen else "THAWED"), ("cgroup.freeze", str(int(frozen)))):
+        if (folder / name).exists():
+            (folder / name).write_text(value)
+            return True
+    return False
+
+
+def _is_frozen(folder: Path) -> bool:
+    v1, v2 = folder / "freezer.state", folder / "cgroup.events"
+    if v1.exists():
+        return v1.read_text().strip() == "FROZEN"
+    return v2.exists() and "frozen 1" in v2.read_text()
 
 
 def _remove_patiently(folder: Path, patience_s: float = 3.0) -> None:

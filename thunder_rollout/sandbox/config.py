@@ -44,6 +44,7 @@ class SandboxConfig:
     images: ImagesConfig = field(default_factory=ImagesConfig)
     network: str = "none"  # the only choice: an agent with a network can read the answer
     docker_host: str | None = None  # None: DOCKER_HOST, else the default socket
+    cpu_shares: int = 256  # of all sandboxes of a node together, where others want the CPU too: 1024 is an even share
     max_starts: int = 4  # sandboxes of one node that start at the same time
     start_timeout_s: float = 120.0  # of one sandbox, its setup included
 
@@ -51,6 +52,7 @@ class SandboxConfig:
         limits = self.limits
         _require(self.backend in BACKENDS, "backend", self.backend, f"one of {', '.join(BACKENDS)}")
         _require(self.network == "none", "network", self.network, "none")
+        _require(2 <= self.cpu_shares <= 262_144, "cpu_shares", self.cpu_shares, "2 to 262144")
         _require(self.max_starts >= 1, "max_starts", self.max_starts, ">= 1")
         _require(self.start_timeout_s > 0, "start_timeout_s", self.start_timeout_s, "> 0")
         _require(limits.memory_bytes >= 64 * 2**20, "limits.memory_bytes", limits.memory_bytes, ">= 67108864 (64 MiB)")

@@ -6,6 +6,9 @@ the storage driver has quotas (overlay2 on xfs with pquota, btrfs, zfs). Elsewhe
 of one file, and a command that is found to have written more than that in all is killed: a container
 can be over the limit by what it writes in `_DISK_EVERY_S`.
 
+While it rests it is paused, or committed to an image and removed, and then started again from that image; what
+the image's volumes hold would not survive that, so a container with volumes is paused instead.
+
 What ends one: `stop`; its time to live; and the end of this process, however it comes, since the
 engine closes PID 1's stdin with our connection, and the container removes itself. The labels
 (`thunder.run`, `thunder.session`, `thunder.program`, `thunder.task`, `thunder.lease` = expiry in
@@ -20,7 +23,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -29,29 +32,24 @@ from docker.types import Ulimit
 
 from thunder_rollout.errors import SandboxFailed
 from thunder_rollout.sandbox.channel import CHANNEL_SCRIPT, KILLED, Channel, Marked, NotRunnable
-from thunder_rollout.sandbox.docker_engine import RUN_LABEL, AttachedStream, DockerEngine, remove_container
+from thunder_rollout.sandbox.docker_engine import (
+    RUN_LABEL,
+    AttachedStream,
+    DockerEngine,
+    remove_container,
+    remove_image,
+)
 from thunder_rollout.sandbox.gitdiff import SCRATCH
 from thunder_rollout.sandbox.protocol import SandboxSpec
 from thunder_rollout.sandbox.shell import INIT_SCRIPT, ShellSandbox
+from thunder_rollout.sandbox.variables import common_variables
 
 logger = logging.getLogger(__name__)
 
 _DEATH_PATIENCE_S = 1.0
 _DISK_EVERY_S = 1.0
+_LEAST_DISK_BYTES = 2**20
 _KEPT_CAPABILITIES = ["CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID"]
-_ENV = {
-    "PYTHONDONTWRITEBYTECODE": "1",
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "GIT_CONFIG_COUNT": "3",
-    "GIT_CONFIG_KEY_0": "safe.directory",
-    "GIT_CONFIG_VALUE_0": "*",
-    "GIT_CONFIG_KEY_1": "user.name",
-    "GIT_CONFIG_VALUE_1": "agent",
-    "GIT_CONFIG_KEY_2": "user.email",
-    "GIT_CONFIG_VALUE_2": "agent@localhost",
-}
 
 
 class DockerSandbox(ShellSandbox):
@@ -61,6 +59,8 @@ class DockerSandbox(ShellSandbox):
         self._container = ""
         self._creating: asyncio.Future[str] | None = None
         self._stdin: AttachedStream | None = None
+        self._kept_image = ""  # its files, once it was put away
+        self._kept_bytes = 0  # of what it had written by then
 
     async def _boot(self) -> None:
         self._creating = asyncio.ensure_future(self._engine.call(self._create))
@@ -83,7 +83,7 @@ class DockerSandbox(ShellSandbox):
     def _create(self) -> str:
         if self._engine.has_quota:
             try:
-                return self._create_container({"size": str(self.spec.limits.disk_bytes)})
+                return self._create_container({"size": str(self._disk_bytes())})
             except APIError as error:
                 if "storage" not in str(error.explanation).lower():
                     raise
@@ -94,12 +94,12 @@ class DockerSandbox(ShellSandbox):
     def _create_container(self, storage_opt: dict[str, str] | None) -> str:
         spec, limits = self.spec, self.spec.limits
         container = self._engine.client.containers.create(
-            spec.image,
+            self._kept_image or spec.image,
             entrypoint=["bash", "-c", INIT_SCRIPT, "thunder-sandbox"],
-            command=[str(math.ceil(limits.ttl_s))],
+            command=[str(max(1, math.ceil(self._ends_s - time.monotonic())))],
             user="0:0",
             working_dir="/",
-            environment=_ENV,
+            environment=common_variables(limits),
             labels=self._labels(),
             hostname="sandbox",
             stdin_open=True,
@@ -115,12 +115,13 @@ class DockerSandbox(ShellSandbox):
             tmpfs={SCRATCH: "size=256m,mode=0700"},
             ulimits=[Ulimit(name="fsize", soft=limits.disk_bytes, hard=limits.disk_bytes)],
             storage_opt=storage_opt,
+            **self._engine.weight,
         )
         return str(container.id)
 
     def _labels(self) -> dict[str, str]:
         labels = {f"thunder.{key}": value for key, value in self.spec.labels.items()}
-        lease = int(time.time() + self.spec.limits.ttl_s)
+        lease = int(time.time() + self._ends_s - time.monotonic())
         return {RUN_LABEL: "none"} | labels | {"thunder.lease": str(lease)}
 
     async def _open(self) -> Channel:
@@ -154,14 +155,56 @@ class DockerSandbox(ShellSandbox):
             await asyncio.gather(watching, return_exceptions=True)
 
     async def _kill_when_over_disk(self, marked: Marked) -> None:
-        limit_bytes, api = self.spec.limits.disk_bytes, self._engine.client.api
         while True:
             await asyncio.sleep(_DISK_EVERY_S)
-            found = await self._engine.call(lambda: api.containers(filters={"id": self._container}, size=True))
-            if found and found[0].get("SizeRw", 0) > limit_bytes:
-                marked.note(f"killed: the sandbox's disk is full ({limit_bytes} bytes)\n".encode())
+            if await self._written_bytes() > self._disk_bytes():
+                marked.note(f"killed: the sandbox's disk is full ({self.spec.limits.disk_bytes} bytes)\n".encode())
                 await self._clear()
                 return
+
+    async def _written_bytes(self) -> int:
+        api = self._engine.client.api
+        found = await self._engine.call(lambda: api.containers(filters={"id": self._container}, size=True))
+        return int(found[0].get("SizeRw", 0)) if found else 0
+
+    def _disk_bytes(self) -> int:
+        return max(_LEAST_DISK_BYTES, self.spec.limits.disk_bytes - self._kept_bytes)
+
+    async def _freeze(self) -> bool:
+        await self._ask(lambda: self._engine.client.api.pause(self._container))
+        return True
+
+    async def _thaw(self) -> None:
+        await self._ask(lambda: self._engine.client.api.unpause(self._container))
+
+    async def _put_away(self) -> bool:
+        api = self._engine.client.api
+        state = await self._ask(lambda: api.inspect_container(self._container))
+        if any(mount["Type"] == "volume" for mount in state["Mounts"]):
+            return False
+        written_bytes = await self._written_bytes()
+        try:
+            committed = await self._engine.call(lambda: api.commit(self._container))
+        except APIError as error:  # too many layers, or no room for another
+            await self._require_alive()
+            logger.warning("a sandbox can't be put away: %s", error.explanation)
+            return False
+        self._kept_image = committed["Id"]  # it has the container's labels
+        self._kept_bytes += written_bytes
+        self._close_channel()
+        await self._remove()
+        return True
+
+    async def _start_again(self) -> None:
+        async with asyncio.timeout(self._start_timeout_s):
+            await self._boot()
+
+    async def _ask(self, call: Callable[[], Any]) -> Any:
+        try:
+            return await self._engine.call(call)
+        except APIError as error:
+            await self._require_alive()
+            raise SandboxFailed(f"sandbox: the Docker engine refuses: {error.explanation}") from error
 
     async def _end(self) -> None:
         await self._engine.call(lambda: remove_container(self._engine, self._container))
@@ -201,6 +244,12 @@ class DockerSandbox(ShellSandbox):
             raise SandboxFailed("sandbox: its container died (time to live over, out of memory, or killed)")
 
     async def _destroy(self) -> None:
+        await self._remove()
+        if self._kept_image:
+            await self._engine.call(lambda: remove_image(self._engine, self._kept_image))
+
+    async def _remove(self) -> None:
+        """The container, whatever state it is in. Idempotent."""
         if self._creating is None:
             return
         try:
@@ -214,6 +263,7 @@ class DockerSandbox(ShellSandbox):
             try:
                 await self._engine.call(lambda: self._engine.client.api.inspect_container(container))
             except NotFound:
+                self._creating = None
                 return
             await asyncio.sleep(0.05)
 

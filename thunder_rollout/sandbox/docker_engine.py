@@ -21,6 +21,7 @@ import requests
 from docker.errors import APIError, DockerException, NotFound
 
 from thunder_rollout.errors import ConfigError, SandboxFailed
+from thunder_rollout.sandbox import cgroups
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,17 @@ class DockerEngine:
                 "sandbox.backend=local"
             ) from error
         self.has_quota = True  # until the storage driver says that it can't limit a container's disk
+        self.weight: dict[str, Any] = {}  # what containers are created with for their share of the CPU
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="docker")
+
+    def weigh(self, cpu_shares: int) -> None:
+        """Give all containers together so many CPU shares where the engine's cgroups are ours to set, and each
+        container elsewhere. Blocking."""
+        is_ours = self.address.startswith("unix://") and self.client.info().get("CgroupDriver") == "cgroupfs"
+        if is_ours and cgroups.weigh(cgroups.DOCKER_PARENT, cpu_shares):
+            self.weight = {"cgroup_parent": f"/{cgroups.DOCKER_PARENT}"}
+        else:
+            self.weight = {"cpu_shares": cpu_shares}
 
     async def call(self, function: Callable[[], T]) -> T:
         """Run a short SDK call on a thread. An engine that is gone raises `SandboxFailed`;
@@ -144,7 +155,8 @@ class AttachedStream:
 
 def sweep_docker(docker_host: str | None, run: str | None, is_ours: Callable[[str], bool]) -> int:
     """Remove the containers of `run` (None: of any) whose session `is_ours` accepts, with their
-    anonymous volumes, then volumes and networks that bear such labels; how many in all. Blocking."""
+    anonymous volumes, then the images of those put away, volumes and networks that bear such labels;
+    how many in all. Blocking."""
     engine = DockerEngine(docker_host)
     api = engine.client.api
     filters = {"label": f"{RUN_LABEL}={run}" if run else SESSION_LABEL}
@@ -156,13 +168,16 @@ def sweep_docker(docker_host: str | None, run: str | None, is_ours: Callable[[st
         containers = dead(api.containers(all=True, filters=filters), "Id")
         for container in containers:
             remove_container(engine, container)
+        images = dead(api.images(filters=filters), "Id")
+        for image in images:
+            remove_image(engine, image)
         volumes = dead(api.volumes(filters=filters)["Volumes"], "Name")
         for volume in volumes:
             _unless_gone(partial(api.remove_volume, volume, force=True))
         networks = dead(api.networks(filters=filters), "Id")
         for network in networks:
             _unless_gone(partial(api.remove_network, network))
-        return len(containers) + len(volumes) + len(networks)
+        return len(containers) + len(images) + len(volumes) + len(networks)
     finally:
         engine.close()
 
@@ -170,6 +185,11 @@ def sweep_docker(docker_host: str | None, run: str | None, is_ours: Callable[[st
 def remove_container(engine: DockerEngine, container_id: str) -> None:
     """Idempotent. Blocking."""
     _unless_gone(partial(engine.client.api.remove_container, container_id, v=True, force=True))
+
+
+def remove_image(engine: DockerEngine, image_id: str) -> None:
+    """With the images it was made of that have no name. Idempotent. Blocking."""
+    _unless_gone(partial(engine.client.api.remove_image, image_id, force=True))
 
 
 def _unless_gone(remove: Callable[[], None]) -> None:

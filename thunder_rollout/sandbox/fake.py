@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 
 from thunder_rollout.errors import SandboxFailed
 from thunder_rollout.sandbox.output import truncate_middle
-from thunder_rollout.sandbox.protocol import ExecResult, SandboxSpec
+from thunder_rollout.sandbox.protocol import ExecResult, Rest, SandboxSpec
 
 Script = Mapping[str, ExecResult] | Callable[[str], ExecResult]
 
@@ -35,6 +35,7 @@ class FakeSandbox:
         self.commands: list[str] = []
         self.files: dict[str, bytes] = {}
         self.running = False
+        self.resting = Rest.KEEP
         self._first_files: dict[str, bytes] = {}
         self._script: Script = script if script is not None else {}
         self._start_s = start_s
@@ -98,6 +99,11 @@ class FakeSandbox:
     async def clear(self) -> None:
         self._require_running()
 
+    async def rest(self, how: Rest) -> None:
+        deepest = Rest.KEEP if how is Rest.KEEP else max(how, self.resting)
+        self._require_running()
+        self.resting = deepest
+
     async def stop(self) -> None:
         self._stopped = True
         self.running = False
@@ -108,6 +114,7 @@ class FakeSandbox:
     def _require_running(self) -> None:
         if not self.running:
             raise SandboxFailed("sandbox: not running (never started, stopped, or killed)")
+        self.resting = Rest.KEEP
 
     def _absolute(self, path: str) -> str:
         return posixpath.join(self.spec.workdir, path)

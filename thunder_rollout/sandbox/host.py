@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from thunder_rollout.errors import SandboxFailed
+from thunder_rollout.sandbox import cgroups
 from thunder_rollout.sandbox.config import BackendChoice, SandboxConfig, select_backend
 from thunder_rollout.sandbox.image_store import ImageStore
 from thunder_rollout.sandbox.placement import HostStats
@@ -285,6 +286,7 @@ class SandboxHost:
     async def _backend(self, images: Sequence[str]) -> MakeSandbox:
         start_timeout_s = self._config.start_timeout_s
         if self._choice.backend == "local":
+            cgroups.weigh(cgroups.PARENT, self._config.cpu_shares)
             from thunder_rollout.sandbox.local import LocalSandbox
 
             return lambda spec: LocalSandbox(spec, start_timeout_s=start_timeout_s)
@@ -294,6 +296,7 @@ class SandboxHost:
         from thunder_rollout.sandbox.images import TOY_IMAGE
 
         engine = DockerEngine(self._config.docker_host)
+        await asyncio.to_thread(engine.weigh, self._config.cpu_shares)
         image_engine = await asyncio.to_thread(DockerImageEngine, engine, self._config.images.docker_config)
         self._images = ImageStore(image_engine, self._config.images)
         await self._images.start()

@@ -9,6 +9,8 @@ most half of `memory_bytes`, because that is memory. As root with cgroups, `memo
 and `cpus` bind the sandbox as a whole. Without, rlimits stand in: `memory_bytes` of address space
 for each process, `pids` processes for the user namespace, and no bound on CPU.
 
+While it rests, its processes are frozen where there is a cgroup, and go on elsewhere; files stay in memory.
+
 Nothing is left on the host: the root has no folder there, and PID 1 ends when the pipe that this
 process holds is closed, by `stop`, by an exit or by `kill -9`.
 """
@@ -36,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 _MARKER = "thunder-sandbox:"
 _CHUNK_BYTES = 65_536
+_FREEZE_PATIENCE_S = 5.0
 _PF_EXITING = 0x4  # linux/sched.h, the flags of /proc/<pid>/stat
 _REMEDY = (
     "allow unprivileged user namespaces (sysctl kernel.unprivileged_userns_clone=1, user.max_user_namespaces>0, "
@@ -65,7 +68,7 @@ class LocalSandbox(ShellSandbox):
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 start_new_session=True,
-                env=inner_env() | {"PATH": _tool_path()},
+                env=inner_env(limits) | {"PATH": _tool_path()},
                 cwd="/",
             )
         finally:
@@ -88,7 +91,7 @@ class LocalSandbox(ShellSandbox):
                 stdout=writer,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
-                env=inner_env(),
+                env=inner_env(self.spec.limits),
                 cwd="/",
             )
         except BaseException:
@@ -137,12 +140,40 @@ class LocalSandbox(ShellSandbox):
     async def _end(self) -> None:
         self._kill_init()
 
+    async def _freeze(self) -> bool:
+        if self._cgroup is None or not self._cgroup.freeze():
+            return False
+        try:
+            async with asyncio.timeout(_FREEZE_PATIENCE_S):
+                await _until(self._cgroup.is_frozen)
+        except TimeoutError:
+            self._cgroup.thaw()
+            return False
+        return True
+
+    async def _thaw(self) -> None:
+        if self._cgroup is not None:
+            self._cgroup.thaw()
+        self._require_init()
+
+    async def _put_away(self) -> bool:
+        """The tree is PID 1's, which stays."""
+        await self._end_processes()
+        self._close_channel()
+        await self._freeze()
+        return True
+
+    async def _start_again(self) -> None:
+        await self._thaw()
+
     async def _destroy(self) -> None:
         if self._control >= 0:
             os.close(self._control)
             self._control = -1
         if self._process is not None:
             self._kill_init()
+            if self._cgroup is not None:
+                self._cgroup.thaw()
             await self._process.wait()
         if isinstance(self._channel, _Bash):
             await self._channel.process.wait()

@@ -21,6 +21,7 @@ from shlex import quote
 from thunder_rollout.sandbox.gitdiff import SCRATCH
 from thunder_rollout.sandbox.protocol import SandboxLimits
 from thunder_rollout.sandbox.shell import INIT_SCRIPT
+from thunder_rollout.sandbox.variables import common_variables
 
 SANDBOX_UID = 64_931  # outside Debian's ranges for users and for systemd's dynamic users
 SCRATCH_BYTES = 256 * 1024**2
@@ -87,22 +88,10 @@ def exec_argv(init_pid: int, script: str, *, procs_files: list[str]) -> list[str
     return _placed(procs_files, [*nsenter, *_DROP_CAPABILITIES, *_BASH, script])
 
 
-def inner_env() -> dict[str, str]:
-    """What every command sees: the interpreter first, git that trusts the tree, one CPU thread."""
+def inner_env(limits: SandboxLimits) -> dict[str, str]:
+    """What every command sees: the interpreter first."""
     path = dict.fromkeys([f"{sys.prefix}/bin", "/usr/local/bin", "/usr/bin", "/bin", "/usr/sbin", "/sbin"])
-    git = {"safe.directory": "*", "user.name": "agent", "user.email": "agent@localhost", "init.defaultBranch": "main"}
-    env = {
-        "PATH": ":".join(path),
-        "HOME": "/root",
-        "LANG": "C.UTF-8",
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "GIT_CONFIG_COUNT": str(len(git)),
-    }
-    for name in ("OMP", "OPENBLAS", "MKL"):
-        env[f"{name}_NUM_THREADS"] = "1"
-    for index, (key, value) in enumerate(git.items()):
-        env |= {f"GIT_CONFIG_KEY_{index}": key, f"GIT_CONFIG_VALUE_{index}": value}
-    return env
+    return common_variables(limits) | {"PATH": ":".join(path), "HOME": "/root", "LANG": "C.UTF-8"}
 
 
 def missing_tools() -> list[str]:

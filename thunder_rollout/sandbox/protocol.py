@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Protocol
 
 
@@ -55,6 +56,15 @@ class ExecResult:
     took_s: float
 
 
+class Rest(IntEnum):
+    """What a sandbox takes up while its program waits, from much to little. Files are kept by all three;
+    processes that commands left behind go on with KEEP, stand still with FREEZE, end with STOP."""
+
+    KEEP = 0
+    FREEZE = 1
+    STOP = 2
+
+
 class Sandbox(Protocol):
     async def start(self) -> None:
         """Ready to exec when it returns. Raises `SandboxFailed`."""
@@ -84,3 +94,10 @@ class HostedSandbox(Sandbox, Protocol):
 
     async def is_alive(self) -> bool:
         """Whether it could run a command now; runs none to find out."""
+
+    async def rest(self, how: Rest) -> None:
+        """Take up less until the next call of any kind, which wakes it first; that is no part of a command's time.
+
+        After the command under way, if any. KEEP wakes it. A rest is never made lighter, and as deep only as
+        can be had. The time to live goes on: a sandbox that rests when it is over is stopped. Raises
+        `SandboxFailed` if the sandbox is gone."""

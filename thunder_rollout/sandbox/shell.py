@@ -25,7 +25,7 @@ from thunder_rollout.sandbox.channel import NOT_RUNNABLE, CommandRunner
 from thunder_rollout.sandbox.gitdiff import DIFF_SCRIPT, NO_BASE, NO_REPOSITORY
 from thunder_rollout.sandbox.gitscrub import SCRUB_SCRIPT
 from thunder_rollout.sandbox.output import OutputBuffer
-from thunder_rollout.sandbox.protocol import ExecResult, SandboxSpec
+from thunder_rollout.sandbox.protocol import ExecResult, Rest, SandboxSpec
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,10 @@ class ShellSandbox(CommandRunner):
         self._lock = asyncio.Lock()
         self._stopping: asyncio.Task[None] | None = None
         self._started = False
+        self._rest = Rest.KEEP
+        self._changing: asyncio.Task[None] | None = None  # of one rest for another
+        self._ends_s = 0.0  # its time to live is over then
+        self._expiry: asyncio.TimerHandle | None = None
         self._first_head = ""  # HEAD of the workdir when the sandbox started; "" without git
 
     @abstractmethod
@@ -84,12 +88,28 @@ class ShellSandbox(CommandRunner):
 
     @abstractmethod
     async def _destroy(self) -> None:
-        """Remove everything the sandbox owns; also after a failed or half-done `_boot`."""
+        """Remove everything the sandbox owns; also after a failed or half-done `_boot`, and while it rests."""
+
+    @abstractmethod
+    async def _freeze(self) -> bool:
+        """Stop all processes where they are; False where that can't be done, and nothing has changed."""
+
+    @abstractmethod
+    async def _thaw(self) -> None: ...
+
+    @abstractmethod
+    async def _put_away(self) -> bool:
+        """End all processes and keep the files; False where that can't be done, and nothing has changed."""
+
+    @abstractmethod
+    async def _start_again(self) -> None:
+        """After `_put_away`; with what is left of the time to live."""
 
     async def start(self) -> None:
         if self._started or self._stopping is not None:
             raise SandboxFailed("sandbox: it was started or stopped before; make a new one")
         self._started = True
+        self._ends_s = time.monotonic() + self.spec.limits.ttl_s
         try:
             async with asyncio.timeout(self._start_timeout_s):
                 await self._boot()
@@ -124,13 +144,13 @@ class ShellSandbox(CommandRunner):
             raise SandboxFailed(f"sandbox: {what} failed ({how}): {output.text()[-1000:]}")
 
     async def exec(self, command: str, *, timeout_s: float) -> ExecResult:
-        began_s = time.monotonic()
         problem = _unrunnable(command)
         if problem:
             return ExecResult(exit_code=NOT_RUNNABLE, output=problem, timed_out=False, took_s=0.0)
         output = OutputBuffer(self.spec.limits.output_bytes)
         async with self._lock:
-            self._require_running()
+            await self._wake()
+            began_s = time.monotonic()
             done = await self._run(
                 EXEC_SCRIPT,
                 (self.spec.workdir, command.encode("utf-8", "replace").decode()),
@@ -149,12 +169,12 @@ class ShellSandbox(CommandRunner):
 
     async def read_file(self, path: str) -> bytes:
         async with self._lock:
-            self._require_running()
+            await self._wake()
             return await self._internal(_READ_SCRIPT, path, what=f"read {path!r}", missing=path)
 
     async def write_file(self, path: str, content: bytes) -> None:
         async with self._lock:
-            self._require_running()
+            await self._wake()
             await self._internal(_WRITE_SCRIPT, path, str(len(content)), stdin=content, what=f"write {path!r}")
 
     async def diff(self, base_commit: str) -> bytes:
@@ -165,7 +185,7 @@ class ShellSandbox(CommandRunner):
         if not self._first_head:
             raise SandboxFailed(f"sandbox: {self.spec.workdir} is not a git repository with a commit; fix the task")
         async with self._lock:
-            self._require_running()
+            await self._wake()
             try:
                 return await self._internal(DIFF_SCRIPT, base, what="diff", in_workdir=True)
             except _ScriptFailed as error:
@@ -186,17 +206,60 @@ class ShellSandbox(CommandRunner):
 
     async def clear(self) -> None:
         async with self._lock:
-            self._require_running()
-            await self._clear()
-            self._close_channel()
-            for _ in range(_CLEAR_ATTEMPTS):  # PID 1 may take the order late, and then this dies of it
-                probe = OutputBuffer(0)
-                done = await self._run(
-                    "sleep 0.05", (), stdin=b"", env={}, timeout_s=5.0, output=probe, merge_stderr=False
-                )
-                if done.code == 0:
-                    return
-            raise SandboxFailed("sandbox: its processes could not be ended")
+            await self._wake()
+            await self._end_processes()
+
+    async def _end_processes(self) -> None:
+        await self._clear()
+        self._close_channel()
+        for _ in range(_CLEAR_ATTEMPTS):  # PID 1 may take the order late, and then this dies of it
+            probe = OutputBuffer(0)
+            done = await self._run("sleep 0.05", (), stdin=b"", env={}, timeout_s=5.0, output=probe, merge_stderr=False)
+            if done.code == 0:
+                return
+        raise SandboxFailed("sandbox: its processes could not be ended")
+
+    async def rest(self, how: Rest) -> None:
+        async with self._lock:
+            await self._settle()
+            if how is Rest.KEEP or how > self._rest:
+                await self._come_to(how)
+
+    async def _wake(self) -> None:
+        """Before anything runs inside, under the lock."""
+        await self._settle()
+        await self._come_to(Rest.KEEP)
+
+    async def _settle(self) -> None:
+        if self._changing is not None:
+            await asyncio.wait([self._changing])
+        self._require_running()
+
+    async def _come_to(self, how: Rest) -> None:
+        """Once begun, it goes on though the caller is cancelled; whoever comes next waits for it."""
+        if how is not self._rest:
+            self._changing = asyncio.create_task(self._change(how), name="rest-sandbox")
+            self._changing.add_done_callback(_retrieve)
+            await asyncio.shield(self._changing)
+
+    async def _change(self, how: Rest) -> None:
+        if self._expiry is not None:
+            self._expiry.cancel()
+        if self._rest is not Rest.KEEP:
+            await (self._thaw() if self._rest is Rest.FREEZE else self._start_again())
+            self._rest = Rest.KEEP
+        if how is Rest.STOP and await self._put_away():
+            self._rest = Rest.STOP
+        elif how is not Rest.KEEP and await self._freeze():
+            self._rest = Rest.FREEZE
+        if self._rest is not Rest.KEEP:  # PID 1 can't see to it
+            left_s = max(0.0, self._ends_s - time.monotonic())
+            self._expiry = asyncio.get_running_loop().call_later(left_s, self._expire)
+
+    def _expire(self) -> None:
+        if self._stopping is None:
+            logger.info("sandbox: its time to live is over while it rests")
+            self._stopping = asyncio.create_task(self._stop())
 
     async def stop(self) -> None:
         if self._stopping is None:
@@ -204,8 +267,12 @@ class ShellSandbox(CommandRunner):
         await asyncio.shield(self._stopping)
 
     async def _stop(self) -> None:
+        if self._expiry is not None:
+            self._expiry.cancel()
         try:
             async with asyncio.timeout(DESTROY_TIMEOUT_S):
+                if self._changing is not None:
+                    await asyncio.wait([self._changing])
                 await self._destroy()
         except TimeoutError:
             logger.error("sandbox: not removed within %.0f s; the reaper will", DESTROY_TIMEOUT_S)
@@ -246,6 +313,11 @@ class ShellSandbox(CommandRunner):
             await self._clear()
             self._close_channel()
         raise _ScriptFailed(f"sandbox: {what}: failed with exit code {done.code}", done.code)
+
+
+def _retrieve(task: asyncio.Task[None]) -> None:
+    if not task.cancelled():
+        task.exception()  # of a change that nobody waits for any more; the next call finds out
 
 
 class _ScriptFailed(SandboxFailed):

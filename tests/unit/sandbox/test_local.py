@@ -16,12 +16,13 @@ import pytest
 import yaml
 
 from tests.support.killing import local_leftovers
+from tests.support.resting_contract import *  # noqa: F403
 from tests.support.sandbox_contract import *  # noqa: F403
 from tests.support.sandbox_contract import MakeSandbox, started
 from thunder_rollout.errors import SandboxFailed
 from thunder_rollout.sandbox import namespaces
 from thunder_rollout.sandbox.local import LocalSandbox, local_unavailable, sweep_local
-from thunder_rollout.sandbox.protocol import SandboxSpec
+from thunder_rollout.sandbox.protocol import Rest, SandboxSpec
 
 pytestmark = pytest.mark.slow
 
@@ -102,6 +103,21 @@ async def test_a_dead_pid_1_is_a_typed_error(make: MakeSandbox) -> None:
             with pytest.raises(SandboxFailed):
                 await box.exec("true", timeout_s=5)
         assert not await box.is_alive()
+
+
+async def test_waking_is_no_part_of_a_commands_time(make: MakeSandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    thaw = LocalSandbox._thaw
+
+    async def slowly(box: LocalSandbox) -> None:
+        await asyncio.sleep(3.5)
+        await thaw(box)
+
+    monkeypatch.setattr(LocalSandbox, "_thaw", slowly)
+    async with started(make) as box:
+        await box.rest(Rest.FREEZE)
+        result = await box.exec("echo on", timeout_s=3)
+        assert (result.output, result.timed_out) == ("on\n", False)
+        assert result.took_s < 3
 
 
 async def test_starting_is_fast(make: MakeSandbox) -> None:
