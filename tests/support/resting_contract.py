@@ -1,5 +1,5 @@
 """What every sandbox does while its program waits: `from tests.support.resting_contract import *` beside
-`sandbox_contract`; a fake takes `ANY_RESTS` alone."""
+`sandbox_contract`. The first three need no processes, and run on a fake too."""
 
 from __future__ import annotations
 

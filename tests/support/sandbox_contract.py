@@ -52,6 +52,13 @@ async def test_each_command_is_a_new_shell_on_the_same_files(make: MakeSandbox) 
         assert (await box.exec("pwd; echo [$X]; cat /tmp/f", timeout_s=10)).output == "/testbed\n[]\nkept\n"
 
 
+async def test_a_command_may_kill_all_others_and_print_after_its_end(make: MakeSandbox) -> None:
+    async with started(make) as box:
+        await box.exec("(sleep 0.2; echo late; kill -9 -1) & echo now", timeout_s=10)
+        await asyncio.sleep(0.5)
+        assert (await box.exec("echo on; sleep 0.1", timeout_s=10)).output == "on\n"
+
+
 async def test_environment_reaches_the_command_only(make: MakeSandbox) -> None:
     async with started(make, env={"GREETING": "a 'b' \"c\"", "LD_PRELOAD": "/no/such.so"}) as box:
         assert (await box.exec("unset LD_PRELOAD; echo $GREETING", timeout_s=10)).output.endswith("a 'b' \"c\"\n")

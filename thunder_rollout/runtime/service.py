@@ -26,6 +26,7 @@ from thunder_rollout.core.events import (
     ProgramEnded,
     SandboxFailed,
     SandboxReady,
+    SandboxStopped,
     Tick,
     TurnEnded,
     TurnRequested,
@@ -39,6 +40,8 @@ from thunder_rollout.runtime.places import Places
 from thunder_rollout.sandbox.protocol import SandboxSpec
 
 logger = logging.getLogger(__name__)
+
+REST_AFTER_S = 2.0  # a wait shorter than that is not worth a word to the sandbox's host
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +64,13 @@ class SandboxPort(Protocol):
 
     async def release(self, program: str) -> None: ...
 
+    async def rest(self, program: str) -> bool:
+        """The program waits: its sandbox, if it has one, may take up less. Whether it was put away, so that
+        it has to be prepared again."""
+
+    async def wake(self, program: str) -> None:
+        """It was granted a turn, and will act next."""
+
 
 class SchedulerService:
     """Owns the scheduler. All methods run on one event loop."""
@@ -72,6 +82,7 @@ class SchedulerService:
         sandboxes: SandboxPort | None = None,
         trace: TraceWriter | None = None,
         clock: Callable[[], float] = time.monotonic,
+        rest_after_s: float = REST_AFTER_S,
     ) -> None:
         self._config = config
         self._scheduler = Scheduler(config)
@@ -83,6 +94,8 @@ class SchedulerService:
         self._waiting: dict[str, tuple[asyncio.Future[Grant], float]] = {}
         self._specs: dict[str, SandboxSpec] = {}
         self._owners: dict[str, str] = {}
+        self._rest_after_s = rest_after_s
+        self._resting: dict[str, asyncio.Task[None]] = {}
         self._preparing: dict[str, asyncio.Task[None]] = {}  # the last of each program, if not released since
         self._places = Places()
         self._live_backends: dict[str, int] = {}  # generation
@@ -104,6 +117,7 @@ class SchedulerService:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._resting.clear()
         for future, _ in self._waiting.values():
             future.cancel()
         if self._trace is not None:
@@ -136,6 +150,7 @@ class SchedulerService:
             raise EngineDied(self._no_engine)
         future: asyncio.Future[Grant] = asyncio.get_running_loop().create_future()
         self._waiting[event.request] = (future, self._now())
+        patience = asyncio.get_running_loop().call_later(self._rest_after_s, self._rest_sandbox, event.program)
         try:
             self.handle(event)
             return await future
@@ -143,6 +158,8 @@ class SchedulerService:
             self._undo_admission(event, future)
             raise
         finally:
+            patience.cancel()
+            self._wake_sandbox(event.program)
             del self._waiting[event.request]
 
     def handle(self, event: Event) -> None:
@@ -261,6 +278,33 @@ class SchedulerService:
             await self._sandboxes.release(program)
         except InfrastructureFailure as error:
             logger.warning("program=%s sandbox not released: %s", program, error)
+
+    def _rest_sandbox(self, program: str) -> None:
+        """A program that waits for the model has ended its tool, so nothing of it runs."""
+        if self._sandboxes is not None and program in self._specs and program not in self._resting:
+            self._resting[program] = self._spawn(self._rest(self._sandboxes, program))
+
+    def _wake_sandbox(self, program: str) -> None:
+        resting = self._resting.pop(program, None)
+        if resting is not None and self._sandboxes is not None:
+            self._spawn(self._wake(self._sandboxes, program, resting))
+
+    async def _rest(self, sandboxes: SandboxPort, program: str) -> None:
+        try:
+            is_put_away = await sandboxes.rest(program)
+        except InfrastructureFailure as error:  # its program will find out
+            logger.info("program=%s: its sandbox does not rest: %s", program, error)
+            return
+        if is_put_away and program in self._resting:
+            self.handle(SandboxStopped(program=program))
+
+    async def _wake(self, sandboxes: SandboxPort, program: str, resting: asyncio.Task[None]) -> None:
+        """Ahead of its next command, which would wake it too."""
+        await asyncio.wait([resting])
+        try:
+            await sandboxes.wake(program)
+        except InfrastructureFailure as error:
+            logger.info("program=%s: its sandbox does not wake: %s", program, error)
 
     def _note_backends(self, event: Event) -> None:
         if isinstance(event, BackendUp):

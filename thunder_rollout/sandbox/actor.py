@@ -52,6 +52,12 @@ class SandboxHostActor:
         if self._host is not None:
             await self._host.release(program)
 
+    async def rest(self, program: str) -> bool:
+        return await self._started().rest(program)
+
+    async def wake(self, program: str) -> None:
+        await self._started().wake(program)
+
     async def exec(self, program: str, command: str, timeout_s: float) -> ExecResult:
         return await self._started().exec(program, command, timeout_s=timeout_s)
 
@@ -96,6 +102,9 @@ class FleetActor:
 
     async def forget(self, program: str) -> int | None:
         return self._fleet.forget(program)
+
+    async def locate(self, program: str) -> int | None:
+        return self._fleet.locate(program)
 
     async def suspect(self, host: int) -> None:
         await self._fleet.suspect(host)

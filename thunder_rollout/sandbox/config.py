@@ -8,6 +8,7 @@ from thunder_rollout.errors import ConfigError
 from thunder_rollout.sandbox.protocol import SandboxLimits
 
 BACKENDS = ("auto", "docker", "local")
+WHEN_PAUSED = ("auto", "keep", "freeze", "stop")
 
 
 def _require(ok: bool, name: str, value: object, rule: str) -> None:
@@ -45,6 +46,7 @@ class SandboxConfig:
     network: str = "none"  # the only choice: an agent with a network can read the answer
     docker_host: str | None = None  # None: DOCKER_HOST, else the default socket
     cpu_shares: int = 256  # of all sandboxes of a node together, where others want the CPU too: 1024 is an even share
+    when_paused: str = "auto"  # what becomes of a sandbox whose program waits; auto: by the node's pressure
     max_starts: int = 4  # sandboxes of one node that start at the same time
     start_timeout_s: float = 120.0  # of one sandbox, its setup included
 
@@ -53,6 +55,7 @@ class SandboxConfig:
         _require(self.backend in BACKENDS, "backend", self.backend, f"one of {', '.join(BACKENDS)}")
         _require(self.network == "none", "network", self.network, "none")
         _require(2 <= self.cpu_shares <= 262_144, "cpu_shares", self.cpu_shares, "2 to 262144")
+        _require(self.when_paused in WHEN_PAUSED, "when_paused", self.when_paused, f"one of {', '.join(WHEN_PAUSED)}")
         _require(self.max_starts >= 1, "max_starts", self.max_starts, ">= 1")
         _require(self.start_timeout_s > 0, "start_timeout_s", self.start_timeout_s, "> 0")
         _require(limits.memory_bytes >= 64 * 2**20, "limits.memory_bytes", limits.memory_bytes, ">= 67108864 (64 MiB)")

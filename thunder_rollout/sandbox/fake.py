@@ -99,10 +99,11 @@ class FakeSandbox:
     async def clear(self) -> None:
         self._require_running()
 
-    async def rest(self, how: Rest) -> None:
+    async def rest(self, how: Rest) -> Rest:
         deepest = Rest.KEEP if how is Rest.KEEP else max(how, self.resting)
         self._require_running()
         self.resting = deepest
+        return deepest
 
     async def stop(self) -> None:
         self._stopped = True

@@ -66,6 +66,10 @@ class SandboxFleet:
     def forget(self, program: str) -> int | None:
         return self._placement.forget(program)
 
+    def locate(self, program: str) -> int | None:
+        """The living host that the program was placed on."""
+        return self._placement.locate(program)
+
     async def suspect(self, host: int) -> None:
         """Somebody could not reach the host: see whether it is gone."""
         if host in self._placement.hosts:

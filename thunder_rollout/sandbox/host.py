@@ -26,8 +26,9 @@ from thunder_rollout.sandbox import cgroups
 from thunder_rollout.sandbox.config import BackendChoice, SandboxConfig, select_backend
 from thunder_rollout.sandbox.image_store import ImageStore
 from thunder_rollout.sandbox.placement import HostStats
-from thunder_rollout.sandbox.protocol import ExecResult, HostedSandbox, Sandbox, SandboxSpec
+from thunder_rollout.sandbox.protocol import ExecResult, HostedSandbox, Rest, Sandbox, SandboxSpec
 from thunder_rollout.sandbox.reaper import Reaper, sweep, sweep_leftovers
+from thunder_rollout.sandbox.resting import RestingSandboxes
 from thunder_rollout.sandbox.session import new_session
 from thunder_rollout.sandbox.start_gate import StartGate
 
@@ -71,6 +72,8 @@ class SandboxHost:
         self._reaper: Reaper | None = None
         self._reaper_watch: asyncio.Task[None] | None = None
         self._starts = StartGate(config.max_starts)
+        self._resting = RestingSandboxes(config.when_paused)
+        self._rest_watch: asyncio.Task[None] | None = None
         self._slots: dict[str, _Slot] = {}
         self._stops: set[asyncio.Task[None]] = set()
         self._num_started = 0
@@ -93,6 +96,7 @@ class SandboxHost:
             self._reaper = await asyncio.to_thread(self._start_reaper)
             self._reaper_watch = asyncio.create_task(self._watch_reaper(), name="watch-reaper")
             self._make = await self._backend(images)
+        self._rest_watch = asyncio.create_task(self._resting.run(), name="watch-pressure")
         return self._choice
 
     def expect(self, images: Iterable[str]) -> None:
@@ -109,7 +113,7 @@ class SandboxHost:
             self._images.finished(image)
 
     async def prepare(self, program: str, spec: SandboxSpec, *, within_s: float = 0.0) -> float:
-        """Start the program's sandbox unless it is started already; the seconds its start took.
+        """Start the program's sandbox unless it is started already, or wake it; the seconds that took.
 
         `within_s` from now it is needed: where starts queue, the most urgent goes first. Raises
         `SandboxFailed`. Cancelling the call leaves the sandbox to the program.
@@ -123,7 +127,9 @@ class SandboxHost:
         await asyncio.wait([slot.starting])
         if slot.starting.cancelled():
             raise SandboxFailed(f"sandbox: program={program} was released while its sandbox started")
-        return slot.starting.result()
+        took_s = slot.starting.result()
+        woke_s = await self._resting.wake(program)
+        return took_s if woke_s is None else woke_s
 
     async def acquire(self, program: str, spec: SandboxSpec) -> float:
         """Wait for the program's sandbox, starting it if nobody prepared it or the one prepared has died; as
@@ -139,6 +145,20 @@ class SandboxHost:
         if slot is not None:
             slot.is_taken = True
         return took_s
+
+    async def rest(self, program: str) -> bool:
+        """The program waits for the model: its sandbox takes up less until the next call, `prepare` or `wake`.
+
+        Whether it was put away, and takes about as long to have back as to start. Nothing happens if the program
+        has none yet, or one prepared for a grant that is near."""
+        slot = self._slots.get(program)
+        if slot is None or not slot.is_taken:
+            return False
+        return await self._resting.rest(program, slot.sandbox) is Rest.STOP
+
+    async def wake(self, program: str) -> None:
+        """The program will need its sandbox soon. Raises `SandboxFailed`."""
+        await self._resting.wake(program)
 
     async def exec(self, program: str, command: str, *, timeout_s: float) -> ExecResult:
         return await self._of(program).exec(command, timeout_s=timeout_s)
@@ -157,6 +177,7 @@ class SandboxHost:
 
     async def release(self, program: str) -> None:
         """Remove the program's sandbox, also while it starts. Idempotent, bounded in time."""
+        self._resting.forget(program)
         slot = self._slots.pop(program, None)
         if slot is None:
             return
@@ -197,9 +218,10 @@ class SandboxHost:
         await asyncio.gather(*self._stops)
         if self._images is not None:
             await self._images.stop()
-        if self._reaper_watch is not None:
-            self._reaper_watch.cancel()
-            await asyncio.gather(self._reaper_watch, return_exceptions=True)
+        watches = [watch for watch in (self._rest_watch, self._reaper_watch) if watch is not None]
+        for watch in watches:
+            watch.cancel()
+        await asyncio.gather(*watches, return_exceptions=True)
         if self._reaper is not None:
             self._reaper.stop()
             self._reaper = None
@@ -261,6 +283,7 @@ class SandboxHost:
         slot = self._slots.get(program)
         if slot is None or not slot.starting.done():
             raise SandboxFailed(f"sandbox: program={program} has none that is ready; acquire it first")
+        self._resting.forget(program)
         return slot.sandbox
 
     def _engine(self) -> dict[str, Any]:

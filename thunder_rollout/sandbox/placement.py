@@ -89,10 +89,16 @@ class Placement:
         self._placed[program] = host, image
         return host
 
+    def locate(self, program: str) -> int | None:
+        """The living host that the program was placed on, if any."""
+        host, _ = self._placed.get(program, (-1, ""))
+        return host if host in self._stats else None
+
     def forget(self, program: str) -> int | None:
         """The program has no sandbox any more; the living host it was on, if any."""
-        host, _ = self._placed.pop(program, (-1, ""))
-        return host if host in self._stats else None
+        host = self.locate(program)
+        self._placed.pop(program, None)
+        return host
 
     def home(self, image: str) -> int:
         """The host that pulls the image ahead; at least one must be left."""

@@ -95,9 +95,9 @@ class HostedSandbox(Sandbox, Protocol):
     async def is_alive(self) -> bool:
         """Whether it could run a command now; runs none to find out."""
 
-    async def rest(self, how: Rest) -> None:
+    async def rest(self, how: Rest) -> Rest:
         """Take up less until the next call of any kind, which wakes it first; that is no part of a command's time.
 
         After the command under way, if any. KEEP wakes it. A rest is never made lighter, and as deep only as
-        can be had. The time to live goes on: a sandbox that rests when it is over is stopped. Raises
-        `SandboxFailed` if the sandbox is gone."""
+        can be had: returns how deep it is. The time to live goes on: a sandbox that rests when it is over is
+        stopped. Raises `SandboxFailed` if the sandbox is gone."""

@@ -54,6 +54,13 @@ class RemoteSandboxHost:
     async def release(self, program: str) -> None:
         await _call(self._handle.release.remote(program))
 
+    async def rest(self, program: str) -> bool:
+        is_put_away: bool = await _call(self._handle.rest.remote(program))
+        return is_put_away
+
+    async def wake(self, program: str) -> None:
+        await _call(self._handle.wake.remote(program))
+
     async def stats(self) -> HostStats:
         stats: HostStats = await _call(self._handle.stats.remote())
         return stats
@@ -121,6 +128,16 @@ class RemoteSandboxHosts:
         """See `SandboxHost.prepare`."""
         index = await self.place(program, spec)
         return await self.on_host(index, self._hosts[index].prepare(program, spec, within_s=within_s))
+
+    async def rest(self, program: str) -> bool:
+        """See `SandboxHost.rest`."""
+        index: int | None = await _ask(self._fleet.locate.remote(program))
+        return index is not None and await self.on_host(index, self._hosts[index].rest(program))
+
+    async def wake(self, program: str) -> None:
+        index: int | None = await _ask(self._fleet.locate.remote(program))
+        if index is not None:
+            await self.on_host(index, self._hosts[index].wake(program))
 
     async def release(self, program: str) -> None:
         index: int | None = await _ask(self._fleet.forget.remote(program))

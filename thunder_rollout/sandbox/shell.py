@@ -199,7 +199,8 @@ class ShellSandbox(CommandRunner):
         """See `HostedSandbox`."""
         try:
             self._require_running()
-            await self._require_alive()
+            if self._rest is not Rest.STOP:
+                await self._require_alive()
         except SandboxFailed:
             return False
         return True
@@ -219,11 +220,12 @@ class ShellSandbox(CommandRunner):
                 return
         raise SandboxFailed("sandbox: its processes could not be ended")
 
-    async def rest(self, how: Rest) -> None:
+    async def rest(self, how: Rest) -> Rest:
         async with self._lock:
             await self._settle()
             if how is Rest.KEEP or how > self._rest:
                 await self._come_to(how)
+            return self._rest
 
     async def _wake(self) -> None:
         """Before anything runs inside, under the lock."""

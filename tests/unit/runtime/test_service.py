@@ -8,7 +8,7 @@ from thunder_rollout.core.config import CappedConfig, SchedulerConfig
 from thunder_rollout.core.events import BackendDown, BackendStats, BackendUp, FinishReason, TurnEnded, TurnRequested
 from thunder_rollout.errors import BadEvent, EngineDied, Rejected, SandboxFailed, ThunderError
 from thunder_rollout.observe.trace import TraceWriter, read_trace
-from thunder_rollout.runtime.service import SchedulerService
+from thunder_rollout.runtime.service import Grant, SchedulerService
 from thunder_rollout.sandbox.protocol import SandboxSpec
 
 ONE_AT_A_TIME = SchedulerConfig(policy="capped", capped=CappedConfig(max_programs=1), tick_s=0.01)
@@ -23,6 +23,7 @@ class RecordingSandboxes:
     def __init__(self, failure: SandboxFailed | None = None) -> None:
         self.calls: list[tuple[str, str]] = []
         self.failure = failure
+        self.puts_away = False
         self.start = asyncio.Event()
         self.start.set()
 
@@ -36,6 +37,17 @@ class RecordingSandboxes:
 
     async def release(self, program: str) -> None:
         self.calls.append(("release", program))
+
+    async def rest(self, program: str) -> bool:
+        self.calls.append(("rest", program))
+        if self.failure:
+            raise self.failure
+        return self.puts_away
+
+    async def wake(self, program: str) -> None:
+        self.calls.append(("wake", program))
+        if self.failure:
+            raise self.failure
 
 
 @pytest.fixture
@@ -246,6 +258,69 @@ async def test_an_announced_program_has_its_sandbox_prepared_before_it_is_opened
     service.close("never")
     await settle()
     assert sandboxes.calls == [("prepare", "a"), ("prepare", "never"), ("release", "a"), ("release", "never")]
+
+
+async def granted_and_waiting(service: SchedulerService) -> tuple[Grant, asyncio.Task[Grant]]:
+    """`b` has acted, and waits behind `a`."""
+    for name in ("a", "b"):
+        service.open(name, sandbox=SPEC)
+    first = await service.admit(ask("b", sandbox=True))
+    service.handle(TurnEnded(program="b", grant=first.grant, output_tokens=5))
+    service.handle(BackendDown(backend="e0", generation=0, reason="dead", returning=True))
+    service.handle(BackendUp(backend="e0", generation=1, capacity_tokens=10_000, max_running=8))
+    grant = await service.admit(ask("a", sandbox=True))
+    waiting = asyncio.create_task(service.admit(ask("b", 1, sandbox=True)))
+    await settle()
+    assert not waiting.done()
+    return grant, waiting
+
+
+@pytest.mark.parametrize("failure", [None, SandboxFailed("the host is gone")])
+async def test_the_sandbox_of_a_program_that_waits_long_rests_until_its_grant(make_service, failure):
+    sandboxes = RecordingSandboxes()
+    service = await make_service(sandboxes=sandboxes, rest_after_s=0.02)
+    _, waiting = await granted_and_waiting(service)
+    sandboxes.calls.clear()
+    sandboxes.failure = failure
+    await asyncio.sleep(0.05)
+    assert sandboxes.calls == [("rest", "b")]
+    sandboxes.calls.clear()
+    service.close("a")
+    await waiting
+    await settle()
+    assert ("wake", "b") in sandboxes.calls
+
+
+async def test_a_short_wait_is_not_told_to_the_host(make_service):
+    sandboxes = RecordingSandboxes()
+    service = await make_service(sandboxes=sandboxes, rest_after_s=0.02)
+    _, waiting = await granted_and_waiting(service)
+    service.close("a")
+    await waiting
+    await asyncio.sleep(0.04)
+    assert not {"rest", "wake"} & {what for what, _ in sandboxes.calls}
+
+
+async def test_a_sandbox_that_was_put_away_is_prepared_again(make_service):
+    sandboxes = RecordingSandboxes()
+    sandboxes.puts_away = True
+    service = await make_service(sandboxes=sandboxes, rest_after_s=0.02)
+    _, waiting = await granted_and_waiting(service)
+    sandboxes.calls.clear()
+    await asyncio.sleep(0.1)
+    assert sandboxes.calls == [("rest", "b"), ("prepare", "b")]
+    service.close("a")
+    await waiting
+
+
+async def test_stopping_a_service_with_a_sandbox_at_rest(make_service):
+    sandboxes = RecordingSandboxes()
+    service = await make_service(sandboxes=sandboxes, rest_after_s=0.02)
+    _, waiting = await granted_and_waiting(service)
+    await asyncio.sleep(0.05)
+    await service.stop()
+    await asyncio.gather(waiting, return_exceptions=True)
+    assert ("wake", "b") not in sandboxes.calls
 
 
 async def test_a_start_that_ends_after_its_program_is_released_again(make_service):

@@ -15,7 +15,7 @@ from thunder_rollout.sandbox.fake_images import FakeImageEngine
 from thunder_rollout.sandbox.host import SandboxHost
 from thunder_rollout.sandbox.image_cache import Image, Layer
 from thunder_rollout.sandbox.image_store import ImageStore
-from thunder_rollout.sandbox.protocol import ExecResult, SandboxSpec
+from thunder_rollout.sandbox.protocol import ExecResult, Rest, SandboxSpec
 
 SPEC = SandboxSpec(image="toy", files={"/testbed/a": b"1\n"}, labels={"task": "t"})
 
@@ -258,4 +258,29 @@ async def test_releasing_a_program_whose_image_is_being_pulled_leaves_no_lease()
         await waiting
     await host.acquire("q", OTHER_SPEC)
     assert host.stats().images == ("other:latest",)
+    await host.stop()
+
+
+async def test_a_waiting_programs_sandbox_rests_until_it_is_used_or_prepared_again() -> None:
+    factory = Factory()
+    host = await host_of(factory, when_paused="stop")
+    assert not await host.rest("p"), "it has none"
+    await host.prepare("p", SPEC)
+    assert not await host.rest("p"), "it was prepared for a grant that is near"
+    await host.acquire("p", SPEC)
+    [box] = factory.made
+    for wake in (
+        lambda: host.exec("p", "hi", timeout_s=1),
+        lambda: host.read_file("p", "/testbed/a"),
+        lambda: host.prepare("p", SPEC),
+        lambda: host.wake("p"),
+    ):
+        assert await host.rest("p")
+        assert box.resting is Rest.STOP
+        await wake()
+        assert box.resting is Rest.KEEP
+    await host.rest("p")
+    await host.release("p")
+    assert not await host.rest("p")
+    await host.wake("p")
     await host.stop()
