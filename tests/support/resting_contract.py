@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -13,7 +14,8 @@ from tests.support.sandbox_contract import LIMITS, SPEC, MakeSandbox, count_proc
 from thunder_rollout.errors import SandboxFailed
 from thunder_rollout.sandbox.protocol import HostedSandbox, Rest
 
-TICKING = "(while sleep 0.05; do echo >> /tmp/ticks; done) > /dev/null 2>&1 & sleep 0.2"
+TICKS = "while sleep 0.05; do date +%s.%N >> /tmp/ticks; done"
+TICKING = f"({TICKS}) > /dev/null 2>&1 & until [ -e /tmp/ticks ]; do sleep 0.1; done"
 RESTS = [Rest.FREEZE, Rest.STOP]
 
 
@@ -52,8 +54,9 @@ async def test_one_that_rests_is_stopped_like_any_and_one_that_is_stopped_cannot
             await box.exec("true", timeout_s=1)
 
 
-async def ticks(box: HostedSandbox) -> int:
-    return len(await box.read_file("/tmp/ticks"))
+async def ticks(box: HostedSandbox) -> list[float]:
+    """When each was, in seconds."""
+    return [float(line) for line in (await box.read_file("/tmp/ticks")).split()]
 
 
 async def test_background_processes_survive_keep_and_freeze_and_not_stop(make: MakeSandbox) -> None:
@@ -61,12 +64,15 @@ async def test_background_processes_survive_keep_and_freeze_and_not_stop(make: M
         await box.exec(TICKING, timeout_s=10)
         await box.rest(Rest.FREEZE)
         await box.rest(Rest.KEEP)
-        before = await ticks(box)
-        await box.rest(Rest.FREEZE)
+        for _ in range(10):  # an engine may fail at what forks all the time
+            if await box.rest(Rest.FREEZE) is Rest.FREEZE:
+                break
         await asyncio.sleep(1)
-        assert await ticks(box) - before < 12, "it stood still"
+        before = await ticks(box)
         await asyncio.sleep(0.5)
-        assert await ticks(box) > before, "and went on"
+        after = await ticks(box)
+        assert len(after) > len(before), "it went on"
+        assert max(later - earlier for earlier, later in pairwise(after)) > 0.9, "it stood still"
         await box.rest(Rest.STOP)
         assert await count_processes(box, "sleep") == 0
 

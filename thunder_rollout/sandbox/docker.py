@@ -171,7 +171,12 @@ class DockerSandbox(ShellSandbox):
         return max(_LEAST_DISK_BYTES, self.spec.limits.disk_bytes - self._kept_bytes)
 
     async def _freeze(self) -> bool:
-        await self._ask(lambda: self._engine.client.api.pause(self._container))
+        try:
+            await self._engine.call(lambda: self._engine.client.api.pause(self._container))
+        except APIError as error:  # with cgroup v1, processes that fork all the time can outrun it
+            await self._require_alive()
+            logger.info("a container can't be paused now: %s", error.explanation)
+            return False
         return True
 
     async def _thaw(self) -> None:
