@@ -282,12 +282,12 @@ class SchedulerService:
     def _rest_sandbox(self, program: str) -> None:
         """A program that waits for the model has ended its tool, so nothing of it runs."""
         if self._sandboxes is not None and program in self._specs and program not in self._resting:
-            self._resting[program] = self._spawn(self._rest(self._sandboxes, program))
+            self._resting[program] = self.spawn(self._rest(self._sandboxes, program))
 
     def _wake_sandbox(self, program: str) -> None:
         resting = self._resting.pop(program, None)
         if resting is not None and self._sandboxes is not None:
-            self._spawn(self._wake(self._sandboxes, program, resting))
+            self.spawn(self._wake(self._sandboxes, program, resting))
 
     async def _rest(self, sandboxes: SandboxPort, program: str) -> None:
         try:
