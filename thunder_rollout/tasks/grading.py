@@ -6,16 +6,15 @@ can't start or dies, the image can't run tests, the hidden tests don't go in, or
 of time even without the patch) is `GradingFailed`, never a reward.
 
 The patch decides nothing about how it is judged: what it says about the hidden tests' files,
-pytest's configuration and plugins, or Python's start-up is left out when it is applied (see
-`patch_rules`). The tested code shares a process with its judge, so the verdicts of a pytest suite
-come from a record that only a normal end of the run seals (see `seal_plugin`): leaving early,
-printing or writing a report, leaving a process behind, and replacing pytest's functions and classes
-all end in reward 0.
+the runner and its configuration and plugins, or Python's start-up is left out when it is applied (see
+`patch_rules`, `suites`). The tested code shares a process with its judge, so verdicts come from a record
+that only a normal end of the run seals (see `seal_plugin`): leaving early, printing or writing a report,
+leaving a process behind, and replacing the runner's functions and classes all end in reward 0.
 
 What no runner in the same process can keep out, and this one doesn't: code written against this very
 plugin that digs the secret out of the interpreter's memory or undoes its changes before the end, and
-code that fools the tests' own assertions (an object that equals everything). The suites that are
-judged by their log (see `suites`) believe what the tested code prints.
+code that fools the tests' own assertions (an object that equals everything). Where the reference patch
+changes a runner that is the repository's own (Django's, sympy's), the agent's may change it too.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from thunder_rollout.sandbox.gitdiff import SCRATCH
 from thunder_rollout.sandbox.protocol import ExecResult, Sandbox
 from thunder_rollout.tasks.patch_rules import exclude_arguments
 from thunder_rollout.tasks.report import BadReport
-from thunder_rollout.tasks.seal import PLUGIN, PLUGIN_SOURCE, unseal
+from thunder_rollout.tasks.seal import PLUGIN_SOURCE, unseal
 from thunder_rollout.tasks.suites import SUITES, Suite, check_gradable, patched_paths
 from thunder_rollout.tasks.task import Task
 
@@ -153,35 +152,24 @@ class _Grading:
         return ""
 
     async def run_tests(self) -> ExecResult:
-        if self.suite.sealed:
-            await self.sandbox.write_file(f"{self.scratch}/{PLUGIN}.py", PLUGIN_SOURCE.read_bytes())
-            await self.sandbox.write_file(f"{self.scratch}/secret", self.secret)
-        command = self._with_plugin(self.suite.command(self.task, self._wanted(), self._report_path()))
+        await self.sandbox.write_file(f"{self.scratch}/{self.suite.plugin}.py", PLUGIN_SOURCE.read_bytes())
+        await self.sandbox.write_file(f"{self.scratch}/secret", self.secret)
+        command = self._with_plugin(self.suite.command(self.task, self._wanted()))
         return await self.sandbox.exec(command, timeout_s=self.config.test_timeout_s)
 
     def _with_plugin(self, command: str) -> str:
-        return (
-            f"export PYTHONPATH={self.scratch}${{PYTHONPATH:+:$PYTHONPATH}}\n{command}"
-            if self.suite.sealed
-            else command
-        )
+        return f"export PYTHONPATH={self.scratch}${{PYTHONPATH:+:$PYTHONPATH}}\n{command}"
 
     async def report(self) -> bytes:
         """Raises `FileNotFoundError` or `BadReport`."""
-        path = self._report_path()
+        path = f"{self.scratch}/report"
         size = await self._step(f"stat -c %s {path}", "look for the report")
         if size.exit_code:
             raise FileNotFoundError("no report was written")
         if not size.output.strip().isdecimal() or int(size.output) > _MAX_REPORT_BYTES:
             raise BadReport(f"the report has more than {_MAX_REPORT_BYTES} bytes")
-        content = await self.sandbox.read_file(path)
-        if not self.suite.sealed:
-            return content
-        record, self.altered = unseal(content, self.secret)
+        record, self.altered = unseal(await self.sandbox.read_file(path), self.secret)
         return record
-
-    def _report_path(self) -> str:
-        return f"{self.scratch}/{self.suite.report}"
 
     def _verdict(self, verdicts: dict[str, bool], log: str) -> Grade:
         passed = tuple(test for test in self._wanted() if verdicts.get(test))
@@ -203,7 +191,9 @@ class _Grading:
         hidden = [path.removeprefix(f"{task.workdir}/") for path in task.hidden_paths]
         tests = list(task.test_files) or patched_paths(task.test_patch)
         judging = [test.partition("::")[0] for test in self._wanted() if "::" in test]
-        return [*tests, *hidden, *judging]
+        reference = patched_paths(task.patch)
+        runner = [path for path in self.suite.runner if not any(_is_at(file, path) for file in reference)]
+        return [*tests, *hidden, *judging, *runner]
 
     async def _must(self, command: str, purpose: str) -> None:
         result = await self._step(command, purpose)
@@ -241,6 +231,10 @@ async def _altered_without_patch(task: Task, make_sandbox: MakeSandbox, config: 
         with contextlib.suppress(BadReport, FileNotFoundError):
             await grading.report()
         return grading.altered
+
+
+def _is_at(file: str, path: str) -> bool:
+    return file == path or file.startswith(f"{path}/")
 
 
 def _failed(reason: str, log: str = "") -> Grade:

@@ -1,4 +1,4 @@
-"""The sealed record of a pytest run (see `seal_plugin`), as the grader reads it.
+"""The sealed record of a test run (see `seal_plugin`), as the grader reads it.
 
 What a test prints or writes can't pass for a verdict: only a record whose HMAC fits the run's own
 secret is read.
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from thunder_rollout.tasks.report import BadReport
 
-PLUGIN = "thunder_seal"
+PLUGIN, AT_START = "thunder_seal", "sitecustomize"  # the names under which it is loaded
 PLUGIN_SOURCE = Path(__file__).with_name("seal_plugin.py")
 
 
@@ -26,6 +26,11 @@ def unseal(content: bytes, secret: bytes) -> tuple[bytes, frozenset[str]]:
 
 
 def passed_in_record(record: bytes) -> dict[str, bool]:
-    """Node id to whether it passed."""
+    """Test to whether it passed; pytest's tests by their node ids."""
     passed: dict[str, bool] = json.loads(record)["passed"]
     return passed
+
+
+def skipped_in_record(record: bytes) -> frozenset[str]:
+    """Of pytest's tests, those that were skipped or failed as expected."""
+    return frozenset(json.loads(record)["skipped"])

@@ -1,64 +1,70 @@
-"""A pytest plugin that records verdicts inside the tests' own process and seals the record.
+"""Records verdicts inside the tests' own process and seals the record.
 
-The grader copies this file into its sandbox as `thunder_seal.py`, beside a file `secret`, and runs
-the tests with `-p thunder_seal`. It is loaded before any code of the repository, takes the secret
-and deletes it, and remembers what pytest's own code looked like. When the session ends it writes
-`report`: the record's HMAC under the secret, and below it the record as JSON: `passed` (node id to
-whether it passed setup, call and teardown, and was neither skipped nor expected to fail), and
-`altered` (what of the runner was replaced meanwhile).
+The grader copies this file into its sandbox, beside a file `secret`, under two names:
+- `thunder_seal.py`, for `pytest -p thunder_seal`;
+- `sitecustomize.py`, which Python runs at its start, for a suite whose runner is unittest's
+  `TextTestRunner` (Django's) or sympy's.
+
+Either way it is loaded before any code of the repository, takes the secret and deletes it, and
+remembers what the runner's own code looked like. When the run ends in good order it writes
+`report`: the record's HMAC under the secret, and below it the record as JSON: `passed` (test to
+whether it passed, and was neither skipped nor expected to fail; a test that ran twice passed each
+time), `skipped`, and `altered` (what of the runner was replaced meanwhile).
 
 It must run on Python 3.6 with whatever pytest an image has.
 """
 # ruff: noqa: UP006, UP035
 
 import builtins
+import functools
 import hmac
+import importlib
+import importlib.machinery
 import json
 import json.encoder
 import os
 import sys
+import threading
 import types
-from typing import Any, Dict, Iterator, List, Set, Tuple
+import unittest
+from typing import Any, Callable, Dict, Iterator, List, Set, Tuple
 
-import pytest
+_AT_START = __name__ == "sitecustomize"
+if not _AT_START:
+    import pytest
 
-_WATCHED = ("_pytest", "pluggy", "unittest.case", "hmac", "json", "pytest")
+_WATCHED = (
+    ("unittest", "hmac", "json") if _AT_START else ("_pytest", "pluggy", "unittest.case", "hmac", "json", "pytest")
+)
+_SYMPY_RUNNERS = ("sympy.testing.runtests", "sympy.utilities.runtests")
 _PHASES = {"setup", "call", "teardown"}
 _CODE = (types.FunctionType, types.BuiltinFunctionType, property, classmethod, staticmethod, type)
 
 
 class Seal:
-    """Hooks of one session; `secret` lives in this closure-like object alone."""
+    """`secret` lives in this closure-like object alone."""
 
     def __init__(self, folder: str, secret: bytes) -> None:
         self._folder = folder
         self._secret = secret
-        self._phases: Dict[str, Set[str]] = {}
-        self._bad: Set[str] = set()
-        self._first = dict(_fingerprints())
+        self._watched: Tuple[str, ...] = _WATCHED
+        self._first = dict(_fingerprints(self._watched))
         self._legacy = _legacy_codes()
         self._tools = (hmac.new, json.dumps, open)
 
-    def pytest_runtest_logreport(self, report: Any) -> None:
-        test = report.nodeid
-        if report.outcome == "rerun":  # by a plugin that tries failures again: what follows counts
-            self._phases.pop(test, None)
-            self._bad.discard(test)
-            return
-        self._phases.setdefault(test, set()).add(report.when)
-        if report.outcome != "passed":
-            self._bad.add(test)
+    def watch(self, module: str) -> None:
+        """Also this module's code is the runner's, as it is now."""
+        self._watched += (module,)
+        self._first.update(_fingerprints((module,)))
 
-    @pytest.hookimpl(trylast=True)
-    def pytest_sessionfinish(self) -> None:
+    def write(self, passed: Dict[str, bool], skipped: Set[str]) -> None:
         new, dumps, open_file = self._tools
-        passed = {test: phases >= _PHASES and test not in self._bad for test, phases in self._phases.items()}
-        record = dumps({"passed": passed, "altered": self._altered()}).encode()
+        record = dumps({"passed": passed, "skipped": sorted(skipped), "altered": self._altered()}).encode()
         with open_file(os.path.join(self._folder, "report"), "wb") as file:
             file.write(new(self._secret, record, "sha256").hexdigest().encode() + b"\n" + record)
 
     def _altered(self) -> List[str]:
-        now = dict(_fingerprints())
+        now = dict(_fingerprints(self._watched))
         known = {owner for owner, _ in self._first}
         changed = {key for key, value in self._first.items() if now.get(key) != value}
         # A class that gains a method may hide its parent's by it; modules gain names in good order.
@@ -72,12 +78,156 @@ class Seal:
         return now is not None and now[1] == self._legacy.get("{}_{}".format(owner.rpartition(":")[2], name))
 
 
-def _fingerprints() -> Iterator[Tuple[Tuple[str, str], Tuple[int, int]]]:
+class PytestSeal:
+    """Hooks of one session."""
+
+    def __init__(self, seal: Seal) -> None:
+        self._seal = seal
+        self._phases: Dict[str, Set[str]] = {}
+        self._bad: Set[str] = set()
+        self._skipped: Set[str] = set()
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        test = report.nodeid
+        if report.outcome == "rerun":  # by a plugin that tries failures again: what follows counts
+            self._phases.pop(test, None)
+            self._bad.discard(test)
+            return
+        self._phases.setdefault(test, set()).add(report.when)
+        if report.outcome != "passed":
+            self._bad.add(test)
+        if report.outcome == "skipped":
+            self._skipped.add(test)
+
+    def pytest_sessionfinish(self) -> None:
+        passed = {test: phases >= _PHASES and test not in self._bad for test, phases in self._phases.items()}
+        self._seal.write(passed, self._skipped)
+
+
+class RunnerSeal:
+    """The verdicts of one judge, unittest's result or sympy's reporter: the first that begins in the main
+    thread and not in the midst of an import, where tested code runs before the tests. Tests of the repository
+    that run tests themselves have others."""
+
+    def __init__(self, seal: Seal) -> None:
+        self.seal = seal
+        self._thread = threading.get_ident()
+        self._judge: Any = None
+        self._passed: Dict[str, bool] = {}
+
+    def begin(self, judge: object) -> None:
+        if self._judge is None and threading.get_ident() == self._thread and not _is_importing():
+            self._judge = judge
+
+    def note(self, judge: object, test: str, passed: bool) -> None:
+        if judge is self._judge:
+            self._passed[test] = self._passed.get(test, True) and passed
+
+    def finish(self, judge: object) -> None:
+        if judge is self._judge:
+            self.seal.write(self._passed, set())
+
+
+def _seal_unittest(runner: RunnerSeal) -> None:
+    result = unittest.TestResult
+
+    def failed(self: Any, test: Any, *_: Any) -> None:
+        runner.note(self, _described(self, test), False)
+
+    def subtest_failed(self: Any, test: Any, subtest: Any, error: Any) -> None:
+        if error is not None:
+            failed(self, test)
+
+    _after(result, "startTestRun", lambda self: runner.begin(self))
+    _after(result, "addSuccess", lambda self, test: runner.note(self, _described(self, test), True))
+    for name in ("addError", "addFailure", "addSkip", "addExpectedFailure", "addUnexpectedSuccess"):
+        _after(result, name, failed)
+    _after(result, "addSubTest", subtest_failed)
+    run = unittest.TextTestRunner.run
+
+    @functools.wraps(run)
+    def sealed_run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        ended = run(self, *args, **kwargs)
+        runner.finish(ended)
+        return ended
+
+    unittest.TextTestRunner.run = sealed_run  # type: ignore[method-assign]
+
+
+def _described(result: Any, test: Any) -> str:
+    """The line that the verbose log has its status on: a test's docstring, where it has one."""
+    describe: Callable[[Any], str] = getattr(result, "getDescription", str)
+    return (describe(test).splitlines() or [""])[-1].strip()
+
+
+def _seal_sympy(runner: RunnerSeal, module: types.ModuleType) -> None:
+    reporter = getattr(module, "PyTestReporter", None)
+    if reporter is None or reporter.__module__ != module.__name__:
+        return
+    running: Dict[str, str] = {}
+
+    def entered(self: Any, test: Any) -> None:
+        running["test"] = test.__name__
+
+    def noted(passed: bool) -> Callable[..., None]:
+        return lambda self, *args, **kwargs: runner.note(self, running.get("test", ""), passed)
+
+    _after(reporter, "start", lambda self, *args, **kwargs: runner.begin(self))
+    _after(reporter, "entering_test", entered)
+    for name in [name for name in vars(reporter) if name.startswith("test_")]:
+        _after(reporter, name, noted(name == "test_pass"))
+    _after(reporter, "finish", lambda self: runner.finish(self))
+    runner.seal.watch(module.__name__)
+
+
+def _after(cls: Any, name: str, then: Callable[..., None]) -> None:
+    inner = getattr(cls, name)
+
+    @functools.wraps(inner)
+    def outer(self: Any, *args: Any, **kwargs: Any) -> Any:
+        value = inner(self, *args, **kwargs)
+        then(self, *args, **kwargs)
+        return value
+
+    setattr(cls, name, outer)
+
+
+def _is_importing() -> bool:
+    frame: Any = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+class _SympyFinder:
+    """Finds sympy's runner as Python does, and seals it before anybody has it."""
+
+    def __init__(self, runner: RunnerSeal) -> None:
+        self._runner = runner
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name not in _SYMPY_RUNNERS:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: types.ModuleType) -> None:
+                execute(module)
+                _seal_sympy(self._runner, module)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _fingerprints(tops: Tuple[str, ...]) -> Iterator[Tuple[Tuple[str, str], Tuple[int, int]]]:
     """Of every function and class of the watched modules: ((owner, name), (identity, its code's))."""
     watched = [
         (name, module)
         for name, module in sorted(sys.modules.items())
-        if isinstance(module, types.ModuleType) and any(name == top or name.startswith(top + ".") for top in _WATCHED)
+        if isinstance(module, types.ModuleType) and any(name == top or name.startswith(top + ".") for top in tops)
     ]
     for name, module in [*watched, ("builtins", builtins)]:
         for attribute, value in sorted(vars(module).items()):
@@ -125,7 +275,22 @@ def _hide(folder: str) -> None:
 
 def pytest_configure(config: Any) -> None:
     if _seals:
-        config.pluginmanager.register(_seals.pop(), "thunder_sealing")
+        PytestSeal.pytest_sessionfinish = pytest.hookimpl(trylast=True)(PytestSeal.pytest_sessionfinish)  # type: ignore[method-assign]
+        config.pluginmanager.register(PytestSeal(_seals.pop()), "thunder_sealing")
+
+
+def _start_up(seals: List[Seal]) -> None:
+    """As `sitecustomize`; the image's own, if it has one, comes after."""
+    if seals:
+        runner = RunnerSeal(seals.pop())
+        _seal_unittest(runner)
+        runner.seal.watch("unittest")
+        sys.meta_path.insert(0, _SympyFinder(runner))
+    del sys.modules["sitecustomize"]
+    try:
+        importlib.import_module("sitecustomize")
+    except ImportError:
+        sys.modules["sitecustomize"] = types.ModuleType("sitecustomize")
 
 
 _seals: List[Seal] = []
@@ -135,3 +300,5 @@ _hide(_folder)
 if _secret:
     _seals.append(Seal(_folder, _secret))
 del _secret
+if _AT_START:
+    _start_up(_seals)

@@ -1,14 +1,15 @@
-"""The kinds of test suite that can be graded: how each runs and how its verdicts read.
+"""The kinds of test suite that can be graded: how each runs and how its verdicts are named.
 
-| suite | names | verdicts come from |
+| suite | names | runner |
 |---|---|---|
-| `pytest` | node ids, `path::Class::name` | a sealed record (see `seal`), which no print can forge |
-| `django` | `name (module.Class)`, or a test's docstring | the verbose log of `tests/runtests.py` |
-| `sympy` | bare function names | the verbose log of `bin/test` |
-| `r2e` | `Class.name`; each has the status it should have | the short test summary of `run_tests.sh` |
+| `pytest` | node ids, `path::Class::name` | pytest |
+| `django` | `name (module.Class)`, or a test's docstring, as in a verbose log | `tests/runtests.py`: unittest |
+| `sympy` | bare function names | sympy's own, `bin/test` |
+| `r2e` | `Class.name`; each has the status it should have | pytest, in `run_tests.sh` |
 
-A log is text: tested code that prints like the runner can forge a verdict in the last three, as in
-the data sets' own harnesses. A name that appears twice passes only if it passed each time.
+Verdicts come from a record that is sealed inside the run (see `seal`), which no print can forge. Django's
+and sympy's runners are code of the repository itself: a patch may not touch them (`Suite.runner`), unless the
+reference patch does. A name that appears twice passes only if it passed each time.
 """
 
 from __future__ import annotations
@@ -16,84 +17,78 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 from thunder_rollout.errors import TaskError
-from thunder_rollout.tasks.report import BadReport
-from thunder_rollout.tasks.seal import PLUGIN, passed_in_record
+from thunder_rollout.tasks.seal import AT_START, PLUGIN, passed_in_record, skipped_in_record
 from thunder_rollout.tasks.task import Task
 
 _NOT_TESTS = (".cfg", ".csv", ".gif", ".ini", ".jpeg", ".jpg", ".json", ".md", ".pkl", ".png", ".rst", ".toml", ".txt",
               ".yaml", ".yml")  # fmt: skip
-_LOG_TAIL_BYTES = 12_000
-_STATUS = r"(ok|FAIL|ERROR|skipped\b.*|expected failure|unexpected success)$"
-_UNITTEST_STATUS = re.compile(rf" \.\.\. +{_STATUS}", re.IGNORECASE)
-_BARE_STATUS = re.compile(_STATUS, re.IGNORECASE)
-_SYMPY_LINE = re.compile(r"(test_\w+) (?:.* )?(ok|F|E|f|X|s|w)(?: +\[\w+\])?$")
-_SUMMARY = re.compile(r"^=+ short test summary info =+$", re.MULTILINE)
+_HASH_SEED = 4242
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m|\r")
 
 
 class Suite(Protocol):
     @property
-    def report(self) -> str:
-        """Its file name in the grader's scratch folder."""
+    def plugin(self) -> str:
+        """The name under which the grader's plugin is loaded."""
 
     @property
-    def sealed(self) -> bool:
-        """Whether the report is a sealed record, which takes the grader's plugin; else a log."""
+    def runner(self) -> tuple[str, ...]:
+        """Files and folders of the repository that run its tests."""
 
     def refusal(self, task: Task) -> str:
         """Why the task's tests can't be judged; "" if they can."""
 
-    def command(self, task: Task, tests: Iterable[str], report: str) -> str:
-        """Runs at least `tests` and leaves a report at `report`; its output is for the log."""
+    def command(self, task: Task, tests: Iterable[str]) -> str:
+        """Runs at least `tests`, where the plugin is on Python's path; its output is for the log."""
 
     def probe(self, task: Task) -> str:
         """Succeeds where the image can run tests at all, whatever the agent's patch did."""
 
-    def verdicts(self, task: Task, report: bytes) -> dict[str, bool]:
-        """Whether, by the log or the unsealed record, each test that ran did what it should. Raises `BadReport`."""
+    def verdicts(self, task: Task, record: bytes) -> dict[str, bool]:
+        """Whether, by the unsealed record, each test that ran did what it should."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Pytest:
-    report: str = "report"
-    sealed: bool = True
+    plugin: str = PLUGIN
+    runner: tuple[str, ...] = ()
 
     def refusal(self, task: Task) -> str:
         return "" if (odd := _without(task, "::")) is None else f"{odd!r} isn't a pytest node id (path::test)"
 
-    def command(self, task: Task, tests: Iterable[str], report: str) -> str:
+    def command(self, task: Task, tests: Iterable[str]) -> str:
         files = dict.fromkeys(test.partition("::")[0] for test in tests)
         return f"{task.test_command} -p {PLUGIN} {shlex.join(files)}"
 
     def probe(self, task: Task) -> str:
         return f"cd / && {task.test_command} -p {PLUGIN} --version"
 
-    def verdicts(self, task: Task, report: bytes) -> dict[str, bool]:
-        exact = passed_in_record(report)
+    def verdicts(self, task: Task, record: bytes) -> dict[str, bool]:
+        exact = passed_in_record(record)
         return _all_passed([*((_published(test), passed) for test, passed in exact.items())]) | exact
 
 
 @dataclass(frozen=True, slots=True)
 class _Django:
-    report: str = "report.log"
-    sealed: bool = False
+    plugin: str = AT_START
+    runner: tuple[str, ...] = ("tests/runtests.py", "django/test")
 
     def refusal(self, task: Task) -> str:
         return "" if self._labels(task) else "its test_patch names no test module to run"
 
-    def command(self, task: Task, tests: Iterable[str], report: str) -> str:
-        return _logged(f"{task.test_command} {shlex.join(self._labels(task))}", report)
+    def command(self, task: Task, tests: Iterable[str]) -> str:
+        return f"{task.test_command} {shlex.join(self._labels(task))}"
 
     def probe(self, task: Task) -> str:
         return "python --version"
 
-    def verdicts(self, task: Task, report: bytes) -> dict[str, bool]:
-        return _all_passed(_unittest_lines(_text(report)))
+    def verdicts(self, task: Task, record: bytes) -> dict[str, bool]:
+        return passed_in_record(record)
 
     @staticmethod
     def _labels(task: Task) -> list[str]:
@@ -103,21 +98,22 @@ class _Django:
 
 @dataclass(frozen=True, slots=True)
 class _Sympy:
-    report: str = "report.log"
-    sealed: bool = False
+    """With a hash seed of its own the runner starts no process anew to set one."""
+
+    plugin: str = AT_START
+    runner: tuple[str, ...] = ("bin/test", "sympy/testing", "sympy/utilities/runtests.py", "sympy/utilities/pytest.py")
 
     def refusal(self, task: Task) -> str:
         return "" if self._files(task) else "its test_patch names no test file to run"
 
-    def command(self, task: Task, tests: Iterable[str], report: str) -> str:
-        return _logged(f"{task.test_command} {shlex.join(self._files(task))}", report)
+    def command(self, task: Task, tests: Iterable[str]) -> str:
+        return f"export PYTHONHASHSEED={_HASH_SEED}\n{task.test_command} {shlex.join(self._files(task))}"
 
     def probe(self, task: Task) -> str:
         return "python --version"
 
-    def verdicts(self, task: Task, report: bytes) -> dict[str, bool]:
-        matches = (_SYMPY_LINE.match(line.strip()) for line in _text(report).splitlines())
-        return _all_passed((match[1], match[2] == "ok") for match in matches if match)
+    def verdicts(self, task: Task, record: bytes) -> dict[str, bool]:
+        return passed_in_record(record)
 
     @staticmethod
     def _files(task: Task) -> list[str]:
@@ -128,21 +124,23 @@ class _Sympy:
 class _R2e:
     """The task's names are the keys of `expected_output_json`; failing may be what a test should do."""
 
-    report: str = "report.log"
-    sealed: bool = False
+    plugin: str = PLUGIN
+    runner: tuple[str, ...] = ()
 
     def refusal(self, task: Task) -> str:
         return "" if _expected(task) else "expected_output_json is missing"
 
-    def command(self, task: Task, tests: Iterable[str], report: str) -> str:
-        return _logged(task.test_command, report)
+    def command(self, task: Task, tests: Iterable[str]) -> str:
+        return f'export PYTEST_ADDOPTS="-p {PLUGIN} $PYTEST_ADDOPTS"\n{task.test_command}'
 
     def probe(self, task: Task) -> str:
         return ".venv/bin/python --version"
 
-    def verdicts(self, task: Task, report: bytes) -> dict[str, bool]:
-        expected = _expected(task)
-        return _all_passed((test, status == expected.get(test)) for test, status in _summary_lines(_text(report)))
+    def verdicts(self, task: Task, record: bytes) -> dict[str, bool]:
+        expected, skipped = _expected(task), skipped_in_record(record)
+        ran = {test: passed for test, passed in passed_in_record(record).items() if test not in skipped}
+        named = ((".".join(r2e_name(test).split("::")[1:]), passed) for test, passed in ran.items())
+        return _all_passed((name, passed == (expected.get(name) == "PASSED")) for name, passed in named)
 
 
 SUITES: dict[str, Suite] = {"pytest": _Pytest(), "django": _Django(), "sympy": _Sympy(), "r2e": _R2e()}
@@ -176,31 +174,6 @@ def _published(test: str) -> str:
     return name + bracket + option
 
 
-def _unittest_lines(log: str) -> Iterator[tuple[str, bool]]:
-    """A status may follow its test's name on a later line, where the test has printed something."""
-    pending = ""
-    for raw in log.splitlines():
-        line = raw.strip()
-        if match := _UNITTEST_STATUS.search(line):
-            yield line[: match.start()], match[1].lower() == "ok"
-            pending = ""
-        elif pending and (match := _BARE_STATUS.search(line)):
-            yield pending, match[1].lower() == "ok"
-            pending = ""
-        elif " ... " in line or line.endswith(" ..."):
-            pending = line.partition(" ...")[0]
-
-
-def _summary_lines(log: str) -> Iterator[tuple[str, str]]:
-    sections = _SUMMARY.split(_COLOUR.sub("", log))
-    if len(sections) != 2:
-        raise BadReport(f"the log has {len(sections) - 1} test summaries, not one")
-    for line in sections[1].splitlines():
-        status, _, test = line.partition(" ")
-        if status in ("PASSED", "FAILED", "ERROR") and "::" in test:
-            yield ".".join(r2e_name(test).split("::")[1:]), status
-
-
 def _expected(task: Task) -> dict[str, str]:
     statuses = json.loads(task.extra.get("expected_output_json") or "{}")
     return {r2e_name(test): status for test, status in statuses.items()}
@@ -211,14 +184,6 @@ def _all_passed(verdicts: Iterable[tuple[str, bool]]) -> dict[str, bool]:
     for test, verdict in verdicts:
         passed[test] = passed.get(test, True) and verdict
     return passed
-
-
-def _logged(command: str, report: str) -> str:
-    return f"{{ {command}\n}} > {report} 2>&1; code=$?; tail -c {_LOG_TAIL_BYTES} {report}; exit $code"
-
-
-def _text(report: bytes) -> str:
-    return report.decode("utf-8", "replace")
 
 
 def _without(task: Task, part: str) -> str | None:

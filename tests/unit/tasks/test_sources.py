@@ -202,7 +202,7 @@ class Tests(unittest.TestCase):
 
 
 @pytest.mark.usefixtures("local_sandboxes")
-async def test_a_django_row_is_judged_by_its_runners_log(tmp_path: Path) -> None:
+async def test_a_django_row_is_judged_by_its_runner(tmp_path: Path) -> None:
     hidden = (
         "diff --git a/tests/app/tests.py b/tests/app/tests.py\n--- a/tests/app/tests.py\n+++ b/tests/app/tests.py\n"
     )
@@ -222,4 +222,4 @@ async def test_a_django_row_is_judged_by_its_runners_log(tmp_path: Path) -> None
     verdict = await grade_locally(task, new_file("notes.txt", "All is well."))
     assert (verdict.failed, verdict.passed) == (("Three is doubled.",), ("test_two (app.tests.Tests.test_two)",))
     broken = await grade_locally(task, task.patch.replace("+    return x * 2", "+    return x *"))
-    assert broken.reward == 0.0 and "2 of them didn't run" in broken.reason
+    assert broken.reward == 0.0 and broken.reason == "the tests left no report: no report was written"

@@ -1,14 +1,14 @@
-"""How each suite's report reads."""
+"""How each suite runs and its record reads."""
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
 
 from thunder_rollout.errors import TaskError
-from thunder_rollout.tasks.report import BadReport
 from thunder_rollout.tasks.suites import SUITES, check_gradable, patched_paths
 from thunder_rollout.tasks.task import Task
 
@@ -24,75 +24,37 @@ TASK = Task(
     extra={"expected_output_json": json.dumps({"T.test_a": "PASSED", "test_b - boom": "FAILED"})},
 )
 
-DJANGO_LOG = b"""\
-Testing against Django installed in '/testbed/django'
-test_a (admin.tests.Tests) ... ok
-test_b (admin.tests.Tests)
-A docstring stands where its status is. ... FAIL
-test_c (admin.tests.Tests) ... Internal Server Error: /x/
-Traceback (most recent call last):
-ok
-test_d (admin.tests.Tests) ... skipped 'no database'
-test_e (admin.tests.Tests) ... expected failure
-test_a (admin.tests.Others) ... ERROR
-======================================================================
-"""
 
-SYMPY_LOG = b"""\
-sympy/core/tests/test_basic.py[4]
-test_one ok
-test_two F
-test_three Timeout ok
-test_four ok                                                          [FAIL]
-________________________________________________________________________________
-test_two ok
-"""
-
-
-def test_django_statuses_are_read_line_by_line() -> None:
-    assert SUITES["django"].verdicts(TASK, DJANGO_LOG) == {
-        "test_a (admin.tests.Tests)": True,
-        "A docstring stands where its status is.": False,
-        "test_c (admin.tests.Tests)": True,
-        "test_d (admin.tests.Tests)": False,
-        "test_e (admin.tests.Tests)": False,
-        "test_a (admin.tests.Others)": False,
-    }
+def record_of(passed: dict[str, bool], skipped: tuple[str, ...] = ()) -> bytes:
+    return json.dumps({"passed": passed, "skipped": skipped, "altered": []}).encode()
 
 
 def test_django_runs_the_modules_of_the_test_patch() -> None:
-    command = SUITES["django"].command(replace(TASK, test_command="run"), (), "/s/report.log")
-    assert command.startswith("{ run admin.tests\n} > /s/report.log 2>&1")
+    assert SUITES["django"].command(replace(TASK, test_command="run"), ()) == "run admin.tests"
 
 
-def test_sympy_statuses_are_read_line_by_line() -> None:
-    assert SUITES["sympy"].verdicts(TASK, SYMPY_LOG) == {
-        "test_one": True,
-        "test_two": False,
-        "test_three": True,
-        "test_four": True,
-    }
+def test_sympy_runs_the_files_of_the_test_patch_in_one_process() -> None:
+    command = SUITES["sympy"].command(replace(TASK, test_command="bin/test"), ())
+    assert re.fullmatch(r"export PYTHONHASHSEED=\d+\nbin/test tests/admin/tests.py", command)
 
 
 def test_a_test_of_r2e_must_have_its_expected_status() -> None:
-    summary = (
-        "=== short test summary info ===\nPASSED r2e_tests/t.py::T::test_a\nFAILED r2e_tests/t.py::test_b - ok PASSED\n"
-    )
-    suite = SUITES["r2e"]
-    assert suite.verdicts(TASK, summary.encode()) == {"T.test_a": True, "test_b": True}
-    assert suite.verdicts(TASK, summary.replace("FAILED", "PASSED").encode()) == {"T.test_a": True, "test_b": False}
-
-
-@pytest.mark.parametrize("log", ["", "= short test summary info =\n" * 2])
-def test_a_log_without_one_summary_is_no_report(log: str) -> None:
-    with pytest.raises(BadReport, match="test summaries, not one"):
-        SUITES["r2e"].verdicts(TASK, log.encode())
+    suite, t = SUITES["r2e"], "r2e_tests/t.py::"
+    assert suite.verdicts(TASK, record_of({f"{t}T::test_a": True, f"{t}test_b": False})) == {
+        "T.test_a": True,
+        "test_b": True,
+    }
+    assert suite.verdicts(TASK, record_of({f"{t}T::test_a": False, f"{t}test_b": True})) == {
+        "T.test_a": False,
+        "test_b": False,
+    }
+    skipped = record_of({f"{t}test_b": False}, (f"{t}test_b",))
+    assert suite.verdicts(TASK, skipped) == {}, "to be skipped is not to fail"
 
 
 def test_a_node_id_is_found_as_swe_bench_writes_it() -> None:
     passed = {"t.py::test_a[/tmp/x/y.dcm]": True, "t.py::test_b[one two]": True, "t.py::test_b[one three]": False}
-    report = json.dumps({"passed": passed, "altered": []}).encode()
-    verdicts = SUITES["pytest"].verdicts(TASK, report)
+    verdicts = SUITES["pytest"].verdicts(TASK, record_of(passed))
     assert verdicts["t.py::test_a[/y.dcm]"] and verdicts["t.py::test_a[/tmp/x/y.dcm]"]
     assert verdicts["t.py::test_b[one two]"] and not verdicts["t.py::test_b[one"]
 
