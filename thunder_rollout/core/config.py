@@ -59,7 +59,7 @@ class AdaptiveConfig:
     patience_s: float = 5.0  # after this in the queue a program that fits nowhere has a backend kept for it
     lookahead: int = 16  # waiting programs looked at, in order, when room comes free
     max_refill_share: float = 0.5  # of a backend's capacity that may be in recomputation at once
-    silent_ends: bool = False  # programs may end without a word: one long away is expected to be for longer
+    silent_ends: bool = False  # programs may end without a word: one long away may be gone
     rebalance_on_update: bool = True  # give up all places when weights update: caches are void, moving is free
 
     def __post_init__(self) -> None:

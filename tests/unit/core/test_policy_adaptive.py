@@ -286,6 +286,15 @@ def test_a_program_that_left_without_a_word_is_noticed_by_how_long_it_is_away() 
     assert who(shell.ask("p", 320)) == ["p"], "and back it is"
 
 
+def test_who_may_be_gone_gives_its_place_up_though_nobody_waits() -> None:
+    shell = adaptive(silent_ends=True)
+    shell.ask("p", 300)
+    shell.end("p", 1)
+    ticks = [shell.tick(1.0) for _ in range(30)]
+    assert [Pause(program="p", backend="a")] in ticks
+    assert where(shell.ask("p", 320)) == ["a"], "and has it again when it comes"
+
+
 def test_an_announced_duration_is_believed_until_it_is_over() -> None:
     shell = adaptive()
     shell.ask("p", 300)

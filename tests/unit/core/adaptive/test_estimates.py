@@ -67,6 +67,24 @@ def test_what_still_acts_counts_once_however_often_it_is_told() -> None:
     )
 
 
+def test_waiting_is_worth_its_while_for_as_long_as_a_return_is_likely() -> None:
+    """Of ten programs nine return within a second and one never: one waits a second for a return, not for ever."""
+    known = Survival(1.0, 1.0)
+    for _ in range(200):
+        for _ in range(9):
+            known.add(0.9, returned=True)
+        known.add_acting(0.0, 500.0)
+    assert known.remaining_s(0.0) > 20.0
+    assert known.holding_s(0.0) == pytest.approx(0.9 / 0.9 + 0.1, rel=0.2)
+    assert known.holding_s(10.0) > 400.0
+    assert known.holding_s(1e7) > 800.0
+
+
+def test_where_waiting_always_pays_it_costs_what_it_is_expected_to() -> None:
+    tool = times().of("bash")
+    assert [tool.holding_s(t) for t in (0.0, 3.0, 1e7)] == pytest.approx([tool.remaining_s(t) for t in (0.0, 3.0, 1e7)])
+
+
 def test_a_new_tool_borrows_from_the_others() -> None:
     known = times()
     for _ in range(50):

@@ -1,8 +1,9 @@
 """How long programs are away: each is watched from the end of a turn to its next request, or its own end.
 
 Where nobody announces that a program ended (`silent_ends`; verl tells its router of none), those that still
-act teach as well, each time that they have been away for twice as long: the longer one is away, the longer it
-is expected to be.
+act teach as well, each time that they have been away for twice as long: the longer one is away, the less likely
+it is back. And what counts is not for how long a program is expected to be away, for ever perhaps, but what
+waiting for it costs while that pays.
 """
 
 from __future__ import annotations
@@ -46,10 +47,14 @@ class Absences:
             heapq.heappush(self._looks, (now + acted_s, program_id, since_s))
 
     def remaining_s(self, account: ProgramAccount, now: float) -> float:
-        """Expected seconds until its next request: of the tool call it is in, or of the one that comes next."""
+        """Expected seconds of waiting for its next request: of the tool call it is in, or of the next one."""
         if account.acting_since_s is None:
-            return self._times.of(account.last_tool).remaining_s(0.0)
+            return self._expected_s(account.last_tool, 0.0)
         elapsed_s = now - account.acting_since_s
         if account.expected_s is not None and elapsed_s < account.expected_s:
             return account.expected_s - elapsed_s
-        return self._times.of(account.tool).remaining_s(elapsed_s)
+        return self._expected_s(account.tool, elapsed_s)
+
+    def _expected_s(self, tool: str | None, elapsed_s: float) -> float:
+        estimate = self._times.of(tool)
+        return estimate.holding_s(elapsed_s) if self._silent_ends else estimate.remaining_s(elapsed_s)

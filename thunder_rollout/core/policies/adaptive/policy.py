@@ -11,7 +11,8 @@
   what a host tier has goes on beside them, load_s x c. Those
   not worth holding are given up if together they make the room (eq. 3's currency, token-seconds).
 
-The tick re-examines what only time changes, a slice of the backends at a time.
+The tick re-examines what only time changes, a slice of the backends at a time. Where programs may end without
+a word, those not worth holding go then whoever waits, for they may be gone.
 """
 
 from __future__ import annotations
@@ -130,6 +131,8 @@ class AdaptivePolicy(PolicyBase):
             if name not in view.backends:
                 continue
             backend, account = view.backends[name], self._ledger.backends[name]
+            if tick and self._config.silent_ends:
+                yield from [program.program_id for program in self._waste(backend, account)]
             yield from self._overflow(backend, account)
             if is_room_made or name not in weighed:
                 continue
@@ -231,8 +234,7 @@ class AdaptivePolicy(PolicyBase):
         assert blocked is not None
         if backend.updating or not backend.fits(blocked.context_tokens):
             return []
-        acting = (program for program in backend.programs.values() if program.phase is Phase.ACTING)
-        programs = [program for program in acting if self._is_waste(program, backend, account)]
+        programs = self._waste(backend, account)
         if not programs:
             return []
         items = [self._item(program, account) for program in programs]
@@ -240,6 +242,11 @@ class AdaptivePolicy(PolicyBase):
         if need <= 0 or sum(item.tokens for item in items) < need:
             return []
         return [programs[index].program_id for index in choose(items, need)]
+
+    def _waste(self, backend: BackendView, account: BackendAccount) -> list[ProgramView]:
+        """The programs there that are not worth holding for somebody who waits."""
+        acting = (program for program in backend.programs.values() if program.phase is Phase.ACTING)
+        return [program for program in acting if self._is_waste(program, backend, account)]
 
     def _is_waste(self, program: ProgramView, backend: BackendView, account: BackendAccount) -> bool:
         """Whether holding a token of it until it is back is expected to cost more than having it again."""

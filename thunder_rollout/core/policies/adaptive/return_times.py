@@ -31,6 +31,7 @@ class Survival:
         self._exposure_s = [0.0] * _NUM_CELLS
         self._remaining_s: list[float] | None = None  # expected, at the start of each cell
         self._hazards: list[float] = []
+        self._holding: list[tuple[float, float]] = []  # from each cell's start: seconds waited, chance of a return
         self._watches = False
         self.num_returns = 0
         self._num_seen = self._num_fitted = 0
@@ -61,6 +62,16 @@ class Survival:
         survives = math.exp(-hazard * (end - elapsed_s))
         return (1.0 - survives) / hazard + survives * table[cell + 1]
 
+    def holding_s(self, elapsed_s: float) -> float:
+        """Seconds of waiting that one return costs, if it is waited for as long as pays and then given up; the
+        expected ones where it always pays to wait."""
+        self._table()
+        cell = _cell_of(elapsed_s)
+        if cell == _NUM_CELLS - 1:
+            return 1.0 / self._hazards[cell]
+        waits_s, returns = _longer_if_better(self._hazards[cell], _EDGES[cell + 1] - elapsed_s, self._holding[cell + 1])
+        return waits_s / returns
+
     def survival(self, elapsed_s: float) -> float:
         """Share of programs still acting after `elapsed_s`; with no data x^-t."""
         self._table()
@@ -86,6 +97,10 @@ class Survival:
                 survives = math.exp(-hazard * (_EDGES[cell + 1] - _EDGES[cell]))
                 table.append((1.0 - survives) / hazard + survives * table[-1])
             self._remaining_s = table[::-1]
+            holding = [(1.0 / self._hazards[-1], 1.0)]
+            for cell in reversed(range(_NUM_CELLS - 1)):
+                holding.append(_longer_if_better(self._hazards[cell], _EDGES[cell + 1] - _EDGES[cell], holding[-1]))
+            self._holding = holding[::-1]
         return self._remaining_s
 
     def _estimate(self) -> list[float]:
@@ -147,3 +162,12 @@ def _cell_of(elapsed_s: float) -> int:
     if elapsed_s < _FIRST_EDGE_S:
         return 0
     return min(_NUM_CELLS - 1, 1 + int(math.log2(elapsed_s / _FIRST_EDGE_S)))
+
+
+def _longer_if_better(hazard: float, length_s: float, beyond: tuple[float, float]) -> tuple[float, float]:
+    """Seconds waited and chance of a return for who waits to the end of a stretch, or on as `beyond` says where
+    that makes a return cheaper."""
+    survives = math.exp(-hazard * length_s)
+    waits_s, returns = (1.0 - survives) / hazard, 1.0 - survives
+    waits_on_s, returns_on = waits_s + survives * beyond[0], returns + survives * beyond[1]
+    return (waits_on_s, returns_on) if waits_on_s * returns <= waits_s * returns_on else (waits_s, returns)
