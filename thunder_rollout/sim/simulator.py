@@ -73,7 +73,8 @@ class _Kind(IntEnum):
 
 class Simulation:
     """One run of a `Setup`. `policy` replaces the one its scheduler config names; `foresight` is
-    told what comes, and with it a paused program's blocks are dropped at once (for the bounds)."""
+    told what comes, and with it a paused program's blocks are dropped at once (for the bounds). Where the
+    scheduler expects `silent_ends` it hears of turns alone: of no tool, no cache hit and no program's end."""
 
     def __init__(
         self,
@@ -87,6 +88,7 @@ class Simulation:
         self._setup = setup
         self._foresight = foresight
         self._scheduler = Scheduler(setup.scheduler, policy)
+        self._silent = setup.scheduler.adaptive.silent_ends
         make = make_engine or _make_engine
         self._engines = [make(profile) for _ in range(setup.num_backends)]
         self._names = [f"e{number:04d}" for number in range(setup.num_backends)]
@@ -210,7 +212,8 @@ class Simulation:
         if program.name not in self._programs:
             return
         self._end_hold(program)
-        self._handle(ToolEnded(program=program.name))
+        if not self._silent:
+            self._handle(ToolEnded(program=program.name))
         if program.is_over:
             self._end(program)
         else:
@@ -224,7 +227,7 @@ class Simulation:
                 self._engines[program.engine_number].drop(program.name)
         elif self._setup.profile.release_on_pause and program.engine_number is not None:
             self._engines[program.engine_number].release(program.name)
-        if known:
+        if known and not self._silent:
             self._handle(ProgramEnded(program=program.name))
         self._push(self._now, _Kind.START, program.slot)
 
@@ -270,10 +273,11 @@ class Simulation:
                 program=program.name,
                 grant=turn.grant,
                 output_tokens=turn.output_tokens,
-                cached_tokens=turn.cached_tokens,
+                cached_tokens=None if self._silent else turn.cached_tokens,
             )
         )
-        self._handle(ToolStarted(program=program.name, tool=tool))
+        if not self._silent:
+            self._handle(ToolStarted(program=program.name, tool=tool))
         self._push(now + tool_s, _Kind.TOOL_ENDED, program)
         self._count_turn()
 
@@ -324,8 +328,10 @@ class Simulation:
             self._submit(turn, number)
 
     def _paused(self, name: str, backend: str) -> None:
-        program = self._programs[name]
         self._recorder.num_pauses += 1
+        program = self._programs.get(name)
+        if program is None:  # it ended without a word
+            return
         self._end_hold(program)
         if self._foresight is not None:
             self._engines[self._number_of[backend]].drop(name)

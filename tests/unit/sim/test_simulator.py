@@ -8,7 +8,7 @@ import pytest
 
 from tests.unit.sim.block_engine import BlockEngine
 from thunder_rollout.bench.config import ToolConfig, WorkloadConfig
-from thunder_rollout.core.config import POLICIES, SchedulerConfig
+from thunder_rollout.core.config import POLICIES, AdaptiveConfig, SchedulerConfig
 from thunder_rollout.core.events import ProgramEnded, TurnRequested
 from thunder_rollout.core.policies.base import PolicyBase, ProgramView, View
 from thunder_rollout.errors import ConfigError, ThunderError
@@ -171,3 +171,12 @@ def test_a_scheduler_that_hangs_is_found_out(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("thunder_rollout.core.scheduler.moves", lambda state, now: ())
     with pytest.raises(ThunderError, match="policy"):
         simulation.run()
+
+
+def test_ends_that_nobody_announces_cost_adaptive_little() -> None:
+    """As in verl's router; learning that programs are gone takes it a while."""
+    told = setup("adaptive", 3.0, lives=4)
+    silent = replace(told, scheduler=replace(told.scheduler, adaptive=AdaptiveConfig(silent_ends=True)))
+    speeds = [Simulation(each).run().steps_per_min for each in (told, silent, setup("sticky", 3.0, lives=4))]
+    assert speeds[1] > 0.9 * speeds[0]
+    assert speeds[1] > 2 * speeds[2]

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
-from thunder_rollout.core.config import SchedulerConfig
+from thunder_rollout.core.config import AdaptiveConfig, SchedulerConfig
 from thunder_rollout.verl_adapter.router.config import RouterConfig
 from thunder_rollout.verl_adapter.router.fake import FakeReplica
 from thunder_rollout.verl_adapter.router.router import Router
+
+ADAPTIVE = AdaptiveConfig(silent_ends=True, prior_growth=0.0, least_fill=1.0)  # room is what contexts leave
 
 
 class Clock:
@@ -28,7 +30,7 @@ class Shell:
     def __init__(self, names: str, config: dict[str, Any], **facts: Any) -> None:
         self.clock = Clock()
         self.replicas = {name: FakeReplica(f"handle of {name}", **facts) for name in names.split()}
-        scheduler = config.pop("scheduler", SchedulerConfig(tick_s=1000.0))
+        scheduler = config.pop("scheduler", SchedulerConfig(tick_s=1000.0, adaptive=ADAPTIVE))
         settings = {"router_class": "any", "scheduler": scheduler, "poll_s": 1000.0, **config}
         self.router = Router(dict(self.replicas), RouterConfig(**settings), clock=self.clock)
 

@@ -6,14 +6,14 @@ import asyncio
 
 import pytest
 
-from tests.unit.verl_adapter.router.conftest import prompt, settle
-from thunder_rollout.core.config import AdaptiveConfig, CappedConfig, SchedulerConfig
+from tests.unit.verl_adapter.router.conftest import ADAPTIVE, prompt, settle
+from thunder_rollout.core.config import CappedConfig, SchedulerConfig
 from thunder_rollout.core.program import Phase
 from thunder_rollout.errors import Rejected
 from thunder_rollout.verl_adapter.router.fake import FakeReplica
 from thunder_rollout.verl_adapter.router.replica import Sampling
 
-SILENT = SchedulerConfig(tick_s=0.01, adaptive=AdaptiveConfig(silent_ends=True))
+TICKING = SchedulerConfig(tick_s=0.01, adaptive=ADAPTIVE)
 ONE_AT_A_TIME = SchedulerConfig(policy="capped", capped=CappedConfig(max_programs=1), tick_s=1000.0)
 
 
@@ -41,7 +41,7 @@ async def test_nothing_starts_before_the_first_request(make_shell):
 
 async def test_requests_beyond_the_kv_memory_are_held_and_count_as_in_flight(make_shell):
     shell = make_shell("a", facts={"capacity_tokens": 1000})
-    held = [await shell.held(f"p{number}", 300) for number in range(4)]
+    held = [await shell.held(f"p{number}", 400) for number in range(4)]
     assert [task.done() for task in held] == [True, True, False, False]
     assert shell.router.total_inflight() == 4
     assert shell.router.status()["held"] == 2
@@ -307,7 +307,7 @@ async def test_a_turn_in_flight_never_expires_while_its_server_has_it(make_shell
 
 
 async def test_an_idle_program_gives_way_and_comes_back_with_its_next_request(make_shell):
-    shell = make_shell("a", facts={"capacity_tokens": 1000}, scheduler=SILENT)
+    shell = make_shell("a", facts={"capacity_tokens": 1000}, scheduler=TICKING)
     await shell.acquire("p", 700)
     await shell.release("a", "p")
     held = await shell.held("q", 700)

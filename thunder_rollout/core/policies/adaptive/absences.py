@@ -11,14 +11,17 @@ from __future__ import annotations
 import heapq
 
 from thunder_rollout.core.policies.adaptive.accounts import ProgramAccount
+from thunder_rollout.core.policies.adaptive.growth import Growth
 from thunder_rollout.core.policies.adaptive.return_times import ReturnTimes
 
 _FIRST_LOOK_S = 1.0  # most are back before
+_LIKELY = 0.5  # a program is taken for gone, and its context for a final one, while its return is less likely
 
 
 class Absences:
-    def __init__(self, return_times: ReturnTimes, *, silent_ends: bool) -> None:
+    def __init__(self, return_times: ReturnTimes, growth: Growth, *, silent_ends: bool) -> None:
         self._times = return_times
+        self._growth = growth
         self._silent_ends = silent_ends
         self._looks: list[tuple[float, str, float]] = []  # when to look at it again, whom, acting since
 
@@ -30,6 +33,9 @@ class Absences:
 
     def ended(self, account: ProgramAccount, now: float, *, returned: bool) -> None:
         """It came back, or was lost to sight."""
+        if returned and account.gone_tokens is not None:
+            self._growth.take_back_end(account.kind, account.gone_tokens)
+            account.gone_tokens = None
         assert account.acting_since_s is not None
         acted_s = now - account.acting_since_s
         self._times.add(account.tool, acted_s, returned=returned, seen_s=account.seen_acting_s)
@@ -44,7 +50,18 @@ class Absences:
             acted_s = now - since_s
             self._times.add_acting(account.tool, account.seen_acting_s, acted_s)
             account.seen_acting_s = acted_s
+            if account.gone_tokens is None and self._times.of(account.tool).chance_of_return(acted_s) < _LIKELY:
+                self._over(account)
             heapq.heappush(self._looks, (now + acted_s, program_id, since_s))
+
+    def forgotten(self, account: ProgramAccount) -> None:
+        """The program is no more."""
+        if account.gone_tokens is None and account.last_backend is not None:
+            self._over(account)
+
+    def _over(self, account: ProgramAccount) -> None:
+        account.gone_tokens = account.context_tokens
+        self._growth.add_end(account.kind, account.context_tokens)
 
     def remaining_s(self, account: ProgramAccount, now: float) -> float:
         """Expected seconds of waiting for its next request: of the tool call it is in, or of the next one."""

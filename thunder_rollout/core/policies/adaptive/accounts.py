@@ -44,6 +44,7 @@ class ProgramAccount:
     expected_output_tokens: int | None = None
     acting_since_s: float | None = None
     seen_acting_s: float = 0.0  # how long it had acted when the return times were last told so
+    gone_tokens: int | None = None  # it was taken for gone, with this context
     tool: str | None = None  # what it acts with
     expected_s: float | None = None  # how long that will take, if anybody said
     last_tool: str | None = None

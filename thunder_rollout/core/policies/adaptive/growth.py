@@ -35,6 +35,12 @@ class _Kind:
         if len(self._by_age) > _MAX_FINALS:
             del self.finals[bisect_left(self.finals, self._by_age.popleft())]
 
+    def remove_final(self, context_tokens: int) -> None:
+        """One that was added, if it is still remembered."""
+        if context_tokens in self._by_age:
+            self._by_age.remove(context_tokens)
+            del self.finals[bisect_left(self.finals, context_tokens)]
+
 
 class Growth:
     def __init__(self, *, prior_growth: float) -> None:
@@ -53,6 +59,10 @@ class Growth:
 
     def add_end(self, kind: str | None, context_tokens: int) -> None:
         self._kinds.setdefault(kind, _Kind()).add_final(context_tokens)
+
+    def take_back_end(self, kind: str | None, context_tokens: int) -> None:
+        """That program goes on after all."""
+        self._kinds[kind].remove_final(context_tokens)
 
     def output_tokens(self, kind: str | None) -> float:
         known = self._kinds.get(kind)

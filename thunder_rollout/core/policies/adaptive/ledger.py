@@ -56,7 +56,7 @@ class Ledger:
         self.return_times = ReturnTimes(
             decay_base=config.decay_base, decay_unit_s=config.decay_unit_s, prior_weight=config.prior_returns
         )
-        self._absences = Absences(self.return_times, silent_ends=config.silent_ends)
+        self._absences = Absences(self.return_times, self.growth, silent_ends=config.silent_ends)
         self._fleet_model = self._new_model()
         self.groups = Groups()
         self._ended: dict[int, Run] = {}
@@ -320,8 +320,7 @@ class Ledger:
             self._absences.ended(account, self.now, returned=False)
         if program_id in self.tree:
             self.tree.remove(program_id)
-        if account.last_backend is not None:
-            self.growth.add_end(account.kind, account.context_tokens)
+        self._absences.forgotten(account)
         if account.group is not None:
             self.groups.leave(account.group, program_id)
         del self.programs[program_id]

@@ -17,6 +17,7 @@ _MEAN_RETURNS = 256  # a running mean forgets at this pace
 _SEEN_A_FIT = 16  # the estimate follows one in so many of what was seen behind
 _LEAST_PRIOR_S = 1e-6  # of the prior in each cell, so that a hazard is always defined
 _FEW = 0.01  # of the prior
+_UNSEEN_S = 32.0  # a tool call may take so long before any was seen to return
 _EDGES = (0.0, *(_FIRST_EDGE_S * 2.0**index for index in range(_NUM_CELLS - 1)), math.inf)
 
 
@@ -74,13 +75,24 @@ class Survival:
 
     def survival(self, elapsed_s: float) -> float:
         """Share of programs still acting after `elapsed_s`; with no data x^-t."""
+        return math.exp(-self._hazard_until(elapsed_s))
+
+    def chance_of_return(self, elapsed_s: float) -> float:
+        """That a program comes back which has not after `elapsed_s`, in as long as any has taken so far."""
+        last = max((cell for cell in range(_NUM_CELLS) if self._returns[cell]), default=None)
+        longest_s = _UNSEEN_S if last is None else _EDGES[last + 1]
+        if elapsed_s >= longest_s or math.isinf(longest_s):
+            return float(elapsed_s < longest_s)
+        return 1.0 - math.exp(self._hazard_until(elapsed_s) - self._hazard_until(longest_s))
+
+    def _hazard_until(self, elapsed_s: float) -> float:
         self._table()
         exponent = 0.0
         for cell in range(_NUM_CELLS):
             exponent += self._hazards[cell] * (min(elapsed_s, _EDGES[cell + 1]) - _EDGES[cell])
             if elapsed_s <= _EDGES[cell + 1]:
                 break
-        return math.exp(-exponent)
+        return exponent
 
     def _expose(self, start_s: float, end_s: float) -> None:
         for cell in range(_cell_of(start_s), _cell_of(end_s) + 1):
