@@ -13,12 +13,15 @@ from typing import Any
 import psutil
 import pytest
 import ray
+import torch
 from ray.util.placement_group import placement_group, remove_placement_group
+from safetensors.torch import load_file
 
 from tests.support.engine_contract import CONFIG, new_prompt, new_request, run, settled
 from thunder_rollout.engine.actor import create_engine_actor
 from thunder_rollout.engine.random_model import write_preset
-from thunder_rollout.engine.remote import RemoteEngine
+from thunder_rollout.engine.remote import RemoteEngine, shared
+from thunder_rollout.engine.weights import MemoryWeights, files_of
 from thunder_rollout.errors import EngineDied, RequestError
 
 FAKE = replace(CONFIG, kind="fake", model="fake", num_cpus=0.1)
@@ -105,6 +108,22 @@ async def test_it_lives_in_its_placement_group() -> None:
 async def _stats_until_dead(engine: RemoteEngine) -> None:
     while True:
         await engine.stats()
+
+
+def test_weights_in_rays_store_are_files_in_another_process() -> None:
+    tensors = {f"t{number}": torch.full((100,), number, dtype=torch.float32) for number in range(5)}
+    source = shared(tensors, bucket_bytes=1000)
+    assert isinstance(source, MemoryWeights)
+    assert len(source.buckets) == 3
+    assert ray.get(ray.remote(means_of).remote(source)) == {f"t{number}": float(number) for number in range(5)}
+
+
+def means_of(source: MemoryWeights) -> dict[str, float]:
+    means: dict[str, float] = {}
+    for file in files_of(source):
+        with file as path:
+            means |= {name: tensor.mean().item() for name, tensor in load_file(path).items()}
+    return means
 
 
 @pytest.mark.vllm

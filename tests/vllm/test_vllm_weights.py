@@ -18,7 +18,7 @@ from thunder_rollout.core.config import SchedulerConfig
 from thunder_rollout.core.events import BackendUp
 from thunder_rollout.engine.protocol import Sampling
 from thunder_rollout.engine.random_model import write_preset
-from thunder_rollout.engine.vllm import _RELOAD, VllmEngine
+from thunder_rollout.engine.vllm import VllmEngine
 from thunder_rollout.engine.weights import FolderWeights, MemoryWeights, UpdateMode
 from thunder_rollout.errors import EngineDied, WeightsRefused
 from thunder_rollout.runtime.client import LocalScheduler, ProgramClient
@@ -71,6 +71,14 @@ async def engine(models: dict[str, Model]) -> AsyncIterator[VllmEngine]:
         await vllm.stop()
 
 
+def in_buckets(model: Model) -> MemoryWeights:
+    """Backwards, so that the tensors of a layer are far apart, and a few at a time."""
+    tensors = load_file(model.path / "model.safetensors")
+    source = MemoryWeights.of(reversed(tensors.items()), bucket_bytes=max(t.nbytes for t in tensors.values()))
+    assert len(source.buckets) >= 3
+    return source
+
+
 async def test_folder_and_memory_and_back(engine: VllmEngine, models: dict[str, Model]) -> None:
     prompt = new_prompt(100)
     a, b = models["a"], models["b"]
@@ -79,6 +87,8 @@ async def test_folder_and_memory_and_back(engine: VllmEngine, models: dict[str, 
         ("0", None),
         ("folder b", FolderWeights(path=str(b.path))),
         ("memory a", MemoryWeights.of(load_file(a.path / "model.safetensors"))),
+        ("buckets b", in_buckets(b)),
+        ("buckets a", in_buckets(a)),
         ("memory b", MemoryWeights.of(load_file(b.path / "model.safetensors"))),
         ("a", FolderWeights(path=str(a.path))),
     ):
@@ -90,16 +100,17 @@ async def test_folder_and_memory_and_back(engine: VllmEngine, models: dict[str, 
         spoke, silent = (b, a) if version.endswith("b") else (a, b)
         assert spoke.spoke(prompt, generation.token_ids, generation.logprobs), version
         assert not silent.spoke(prompt, generation.token_ids, generation.logprobs), version
-    assert outputs["0"] == outputs["memory a"] == outputs["a"]
-    assert outputs["folder b"] == outputs["memory b"]
+    assert outputs["0"] == outputs["memory a"] == outputs["buckets a"] == outputs["a"]
+    assert outputs["folder b"] == outputs["memory b"] == outputs["buckets b"]
 
 
 async def test_vllm_alone_keeps_the_old_head_on_the_cpu(engine: VllmEngine, models: dict[str, Model]) -> None:
     """Where this fails, `engine.vllm_reload` is needed no more."""
     prompt, a, b = new_prompt(100), models["a"], models["b"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(_RELOAD, "cpu", "reload_weights")
-        await engine.update_weights(FolderWeights(path=str(b.path)), version="mixture", mode=UpdateMode.CUT)
+    vllm = engine._alive()
+    await vllm.pause_generation(mode="abort", clear_cache=True)
+    await vllm.collective_rpc("reload_weights", kwargs={"weights_path": str(b.path)})
+    await vllm.resume_generation()
     generation = await run(engine, prompt)
     assert not b.spoke(prompt, generation.token_ids, generation.logprobs)
     await engine.update_weights(FolderWeights(path=str(a.path)), version="a", mode=UpdateMode.CUT)

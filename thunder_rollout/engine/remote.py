@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -11,7 +13,7 @@ from ray.exceptions import ActorUnavailableError
 
 from thunder_rollout.engine.cache_report import CacheChanges
 from thunder_rollout.engine.protocol import EngineInfo, EngineStats, GenerateRequest, Generation
-from thunder_rollout.engine.weights import MemoryWeights, UpdateMode, WeightSource
+from thunder_rollout.engine.weights import FolderWeights, MemoryWeights, UpdateMode, WeightSource
 from thunder_rollout.errors import EngineDied
 from thunder_rollout.remote import remote_call
 
@@ -59,7 +61,7 @@ class RemoteEngine:
         ray.kill(self._handle, no_restart=False)
 
     async def update_weights(self, source: WeightSource, *, version: str, mode: UpdateMode) -> None:
-        """`source` may be what `shared` returned."""
+        """`source` must be what `shared` returned, or small."""
         await self._call(self._handle.update_weights.remote(source, version, mode))
 
     async def stop(self) -> None:
@@ -71,6 +73,25 @@ class RemoteEngine:
         return await remote_call(ref, died=EngineDied, what="the engine actor")
 
 
-def shared(source: WeightSource) -> Any:
-    """The source as an object of Ray's store where it is large, so that any number of engines read one copy."""
-    return ray.put(source) if isinstance(source, MemoryWeights) else source
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedBucket:
+    """A bucket of weights in Ray's object store, where any number of engines read one copy; it is there for as
+    long as somebody has this."""
+
+    ref: Any
+
+    @classmethod
+    def put(cls, image: Any) -> SharedBucket:
+        return cls(ref=ray.put(image))
+
+    def fetch(self) -> Any:
+        return ray.get(self.ref)
+
+
+def shared(source: WeightSource | Mapping[str, Any], *, bucket_bytes: int) -> WeightSource:
+    """As engines elsewhere can take it; tensors go to Ray's store, `bucket_bytes` at a time. Blocks."""
+    if isinstance(source, FolderWeights):
+        return source
+    if isinstance(source, MemoryWeights):
+        return replace(source, buckets=tuple(SharedBucket.put(bucket.fetch()) for bucket in source.buckets))
+    return MemoryWeights.of(source, bucket_bytes=bucket_bytes, keep=SharedBucket.put)

@@ -29,8 +29,8 @@ from thunder_rollout.engine.weights import (
     UpdateGate,
     UpdateMode,
     WeightSource,
-    as_folder,
     check_weights,
+    files_of,
     half_loaded,
 )
 from thunder_rollout.errors import ConfigError, EngineDied, EngineFailed, RequestError, ThunderError
@@ -43,7 +43,6 @@ _STOP_GRACE_S = 1.0  # an engine has nothing to save; its processes are killed a
 
 # vLLM reports a repeated pattern (its own detector) under a reason of its own; it ended the turn.
 _FINISH_REASONS = {"repetition": FinishReason.STOP} | {str(reason): reason for reason in FinishReason}
-_RELOAD = {"cpu": "reload_weights_on_cpu", "gpu": "reload_weights"}  # the worker's method
 
 
 class VllmEngine:
@@ -139,17 +138,12 @@ class VllmEngine:
 
     async def update_weights(self, source: WeightSource, *, version: str, mode: UpdateMode) -> None:
         engine = self._alive()
-        files = ExitStack()
-        try:
-            folder = await asyncio.to_thread(files.enter_context, as_folder(source))
-            await asyncio.to_thread(check_weights, folder, self._config.model)
-            await self._gate.update(
-                version,
-                lambda: self._load_weights(engine, str(folder), version),
-                cut=None if mode is UpdateMode.WAIT else engine.abort,
-            )
-        finally:
-            self._gate.after_load(files.close)
+        await asyncio.to_thread(check_weights, source, self._config.model)
+        await self._gate.update(
+            version,
+            lambda: self._load_weights(engine, source, version),
+            cut=None if mode is UpdateMode.WAIT else engine.abort,
+        )
 
     async def stop(self) -> None:
         self._stopped = True
@@ -188,13 +182,18 @@ class VllmEngine:
             why = f"exited with code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
         return EngineDied(f"engine {self._config.model} {why}; {_SEE_LOG}", by_turn=not ended_from_outside(code))
 
-    async def _load_weights(self, engine: Any, folder: str, version: str) -> None:
+    async def _load_weights(self, engine: Any, source: WeightSource, version: str) -> None:
         """No turn is inside. Anything that fails here leaves weights that no turn may see."""
         self._alive()
         try:
             async with asyncio.timeout(self._config.startup_timeout_s):
                 await engine.pause_generation(mode="abort", clear_cache=True)
-                await engine.collective_rpc(_RELOAD[self._config.device], kwargs={"weights_path": folder})
+                await engine.collective_rpc("begin_reload")
+                for file in files_of(source):
+                    with ExitStack() as opened:
+                        path = await asyncio.to_thread(opened.enter_context, file)
+                        await engine.collective_rpc("reload_file", args=(path,))
+                await engine.collective_rpc("end_reload")
                 await engine.update_weight_version(version)
                 await engine.resume_generation()
         except Exception as error:

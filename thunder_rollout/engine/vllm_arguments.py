@@ -44,10 +44,9 @@ def engine_arguments(config: EngineConfig, known: set[str], events: KvEvents | N
         "kv_events_config": _kv_events_config(events),
         # on the CPU; without it vLLM wants gpu_memory_utilization of the whole memory to be free
         "kv_cache_memory_bytes": config.cpu_kv_space_gib * 2**30 if config.device == "cpu" else None,
+        "worker_extension_cls": "thunder_rollout.engine.vllm_reload.FileReload",
         **offload_arguments(config.kv_offload_gib),
     }
-    if config.device == "cpu":
-        own["worker_extension_cls"] = "thunder_rollout.engine.vllm_reload.CpuReload"
     for name in config.extra:
         if name in own:
             raise ConfigError(f"engine.extra.{name}: this project sets it; use engine.{_FIELDS.get(name, name)}")

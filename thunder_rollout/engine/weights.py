@@ -1,21 +1,21 @@
 """New weights for a running engine: what may be handed over, and the gate between turns and updates.
 
-Weights come in the checkpoint's own names and shapes, as a folder of safetensors files or as a mapping
-of tensors. A mapping crosses process borders as one safetensors image, and reaches the engine's worker
-processes as a file in shared memory, which is freed with the process that wrote it, however that ends.
+Weights come in the checkpoint's own names and shapes, as a folder of safetensors files or as tensors. Tensors
+cross process borders in buckets of bounded size, each a safetensors image, and reach the engine's worker
+processes one by one, as a file in shared memory that is freed with the process that wrote it, however that
+ends.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from thunder_rollout.core.events import INITIAL_VERSION
 from thunder_rollout.errors import EngineDied, RequestError, WeightsRefused
 
 _DRAIN_POLL_S = 0.02  # a turn may be on its way into the engine while it is cut: it is cut again after this
+DEFAULT_BUCKET_BYTES = 2048 * 2**20  # verl's
 _TIED = {"lm_head.weight"}  # trainers hand it over also where the model ties it to its embedding
 
 
@@ -42,50 +43,101 @@ class FolderWeights:
     path: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class MemoryWeights:
-    """`image` (num_bytes,) uint8 is a whole safetensors file."""
+class Bucket(Protocol):
+    """A part of the weights, kept somewhere."""
 
+    def fetch(self) -> Any:
+        """(num_bytes,) uint8: a whole safetensors file. Blocks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalBucket:
     image: Any
 
+    def fetch(self) -> Any:
+        return self.image
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MemoryWeights:
+    """The tensors of all `buckets`, together a whole checkpoint; `shapes` by their names."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    buckets: tuple[Bucket, ...]
+
     @classmethod
-    def of(cls, tensors: Mapping[str, Any]) -> MemoryWeights:
-        """`tensors` are torch tensors of any device by their checkpoint names; they are copied."""
+    def of(
+        cls,
+        tensors: Mapping[str, Any] | Iterable[tuple[str, Any]],
+        *,
+        bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+        keep: Callable[[Any], Bucket] = lambda image: LocalBucket(image=image),
+    ) -> MemoryWeights:
+        """`tensors` are torch tensors of any device with their checkpoint names, the whole model's. They are
+        copied, a bucket of at most `bucket_bytes` at a time, and each is handed to `keep` before the next is
+        made; a larger tensor is a bucket of its own."""
         from safetensors.torch import save
 
-        host = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-        return cls(image=np.frombuffer(save(host), dtype=np.uint8))
+        named = tensors.items() if isinstance(tensors, Mapping) else tensors
+        shapes: dict[str, tuple[int, ...]] = {}
+        buckets: list[Bucket] = []
+        for group in _in_groups(named, bucket_bytes):
+            host = {name: tensor.detach().to("cpu").contiguous() for name, tensor in group}
+            shapes |= {name: tuple(tensor.shape) for name, tensor in host.items()}
+            buckets.append(keep(np.frombuffer(save(host), dtype=np.uint8)))
+        return cls(shapes=shapes, buckets=tuple(buckets))
 
 
 WeightSource = FolderWeights | MemoryWeights
 
 
-@contextmanager
-def as_folder(source: WeightSource) -> Iterator[Path]:
-    """The source as a folder of safetensors files, while the context lasts. Raises `WeightsRefused`."""
+def _in_groups(named: Iterable[tuple[str, Any]], most_bytes: int) -> Iterator[list[tuple[str, Any]]]:
+    group: list[tuple[str, Any]] = []
+    num_bytes = 0
+    for name, tensor in named:
+        if group and num_bytes + tensor.nbytes > most_bytes:
+            yield group
+            group, num_bytes = [], 0
+        group.append((name, tensor))
+        num_bytes += tensor.nbytes
+    if group:
+        yield group
+
+
+def files_of(source: WeightSource) -> Iterator[AbstractContextManager[str]]:
+    """The source as paths of safetensors files, one after the other; each is there while its context lasts."""
     if isinstance(source, FolderWeights):
-        yield Path(source.path).expanduser()
-        return
+        yield from (nullcontext(str(path)) for path in _files_in(source))
+    else:
+        yield from map(_in_memory, source.buckets)
+
+
+@contextmanager
+def _in_memory(bucket: Bucket) -> Iterator[str]:
     memory = os.memfd_create("thunder-weights")
     try:
         with open(memory, "wb", closefd=False) as file:
-            file.write(memoryview(source.image))
-        with tempfile.TemporaryDirectory(prefix="thunder-weights-") as folder:
-            (Path(folder) / "model.safetensors").symlink_to(f"/proc/{os.getpid()}/fd/{memory}")
-            yield Path(folder)
+            file.write(memoryview(bucket.fetch()))
+        yield f"/proc/{os.getpid()}/fd/{memory}"
     finally:
         os.close(memory)
 
 
-def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of each tensor of the folder, by name. Raises `WeightsRefused` if there is none to read."""
+def _files_in(source: FolderWeights) -> list[Path]:
+    files = sorted(Path(source.path).expanduser().glob("*.safetensors"))
+    if not files:
+        raise WeightsRefused(f"weights {source.path}: no *.safetensors there; give the folder save_pretrained wrote")
+    return files
+
+
+def tensor_shapes(source: WeightSource) -> Mapping[str, tuple[int, ...]]:
+    """Shape of each tensor, by name. Raises `WeightsRefused` if there is none to read."""
     from safetensors import SafetensorError, safe_open
 
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise WeightsRefused(f"weights {folder}: no *.safetensors there; give the folder save_pretrained wrote")
+    if isinstance(source, MemoryWeights):
+        return source.shapes
     shapes: dict[str, tuple[int, ...]] = {}
-    for path in files:
+    for path in _files_in(source):
         try:
             with safe_open(path, framework="np") as file:
                 shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -94,22 +146,23 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_weights(folder: Path, model: str) -> None:
-    """Raises `WeightsRefused` unless the folder has all tensors of `model` (a folder or a Hugging Face id),
+def check_weights(source: WeightSource, model: str) -> None:
+    """Raises `WeightsRefused` unless the source has all tensors of `model` (a folder or a Hugging Face id),
     in their shapes, and no others: what is missing would stay old, what differs would fail half-way."""
     own = Path(model).expanduser()
     if not own.is_dir():
         from huggingface_hub import snapshot_download
 
         own = Path(snapshot_download(model, local_files_only=True))
+    what = f"weights {source.path}" if isinstance(source, FolderWeights) else "weights in memory"
     remedy = "hand over every tensor of the checkpoint that the engine was started with"
-    old, new = tensor_shapes(own), tensor_shapes(folder)
-    for names, what in ((old.keys() - new.keys(), "lacks"), (new.keys() - old.keys() - _TIED, "has an unknown")):
+    old, new = tensor_shapes(FolderWeights(path=str(own))), tensor_shapes(source)
+    for names, how in ((old.keys() - new.keys(), "lacks"), (new.keys() - old.keys() - _TIED, "has an unknown")):
         if names:
-            raise WeightsRefused(f"weights {folder}: {what} tensor {min(names)!r}, {len(names)} in all; {remedy}")
+            raise WeightsRefused(f"{what}: {how} tensor {min(names)!r}, {len(names)} in all; {remedy}")
     for name, shape in old.items():
         if new[name] != shape:
-            raise WeightsRefused(f"weights {folder}: {name} has shape {new[name]}, the model's is {shape}; {remedy}")
+            raise WeightsRefused(f"{what}: {name} has shape {new[name]}, the model's is {shape}; {remedy}")
 
 
 class UpdateGate:
@@ -163,13 +216,6 @@ class UpdateGate:
             self._loading = asyncio.create_task(self._load(version, load), name="load weights")
             self._loading.add_done_callback(_retrieve)
             await asyncio.shield(self._loading)
-
-    def after_load(self, do: Callable[[], None]) -> None:
-        """Once no load is under way any more: now, or when that of a cancelled update ends."""
-        if self._loading is None or self._loading.done():
-            do()
-        else:
-            self._loading.add_done_callback(lambda _: do())
 
     async def _drain(self, cut: Callable[[list[str]], Awaitable[None]] | None) -> None:
         while self.in_flight:

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import signal
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -150,10 +151,13 @@ class Cluster:
     def sample_finished(self, task: Task) -> None:
         self._hosts.sample_finished(task.image)
 
-    async def update_weights(self, source: WeightSource, *, version: str) -> UpdateReport:
+    async def update_weights(self, source: WeightSource | Mapping[str, Any], *, version: str) -> UpdateReport:
         """Serve other weights from now on, without losing a request; `rollout.update_mode` says what becomes
-        of turns in flight. Raises `WeightsRefused` if they are not this model's."""
-        return await self._weights.update(self.scheduler, shared(source), version=version)
+        of turns in flight. A mapping is of torch tensors by their checkpoint names. Raises `WeightsRefused` if
+        they are not this model's."""
+        bucket_bytes = self.config.rollout.update_weights_bucket_megabytes * 2**20
+        taken = await asyncio.to_thread(shared, source, bucket_bytes=bucket_bytes)
+        return await self._weights.update(self.scheduler, taken, version=version)
 
     async def follow_weights(self) -> None:
         """Load what appears in `rollout.weights_folder`, until cancelled. A checkpoint that is refused is

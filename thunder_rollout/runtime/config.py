@@ -24,10 +24,12 @@ class RolloutSettings:
     max_attempts: int = 3  # tries of a sample that infrastructure failures interrupt
     update_mode: UpdateMode = UpdateMode.KEEP  # what becomes of turns in flight when weights change
     update_batch: int | None = None  # engines updated at a time; null: all at once
+    update_weights_bucket_megabytes: int = 2048  # of a trainer's tensors, handed on at a time; verl's word
     weights_folder: str | None = None  # checkpoints that appear there are loaded; see runtime.weights.WeightsFolder
 
     def __post_init__(self) -> None:
-        for name in ("n", "num_engines", "num_workers", "concurrency", "max_attempts"):
+        at_least_1 = ("n", "num_engines", "num_workers", "concurrency", "max_attempts")
+        for name in (*at_least_1, "update_weights_bucket_megabytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"rollout.{name}={getattr(self, name)!r}: must be at least 1")
         if self.update_batch is not None and self.update_batch < 1:

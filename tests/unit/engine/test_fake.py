@@ -28,7 +28,7 @@ async def engine() -> AsyncIterator[Engine]:
 
 @pytest.fixture
 def weights() -> tuple[WeightSource, WeightSource]:
-    return MemoryWeights(image=None), MemoryWeights(image=None)
+    return MemoryWeights(shapes={}, buckets=()), MemoryWeights(shapes={}, buckets=())
 
 
 async def test_what_it_says_of_itself(engine: Engine) -> None:
@@ -88,7 +88,9 @@ async def test_an_id_may_come_back_in_the_same_step(engine: FakeEngine) -> None:
 async def test_an_engine_that_dies_while_it_loads_lets_nobody_wait() -> None:
     fake = FakeEngine(CONFIG, update_s=0.05)
     await fake.start()
-    update = asyncio.create_task(fake.update_weights(MemoryWeights(image=None), version="1", mode=UpdateMode.CUT))
+    update = asyncio.create_task(
+        fake.update_weights(MemoryWeights(shapes={}, buckets=()), version="1", mode=UpdateMode.CUT)
+    )
     await asyncio.sleep(0.01)
     late = asyncio.create_task(run(fake, [1]))
     await asyncio.sleep(0.01)
@@ -102,12 +104,14 @@ async def test_an_engine_that_dies_while_it_loads_lets_nobody_wait() -> None:
 async def test_an_update_that_is_cancelled_while_it_loads_still_ends_by_itself() -> None:
     fake = FakeEngine(CONFIG, update_s=0.05)
     await fake.start()
-    update = asyncio.create_task(fake.update_weights(MemoryWeights(image=None), version="1", mode=UpdateMode.CUT))
+    update = asyncio.create_task(
+        fake.update_weights(MemoryWeights(shapes={}, buckets=()), version="1", mode=UpdateMode.CUT)
+    )
     await asyncio.sleep(0.01)
     update.cancel()
     await asyncio.gather(update, return_exceptions=True)
     assert (await run(fake, [1])).weight_version == "1", "no turn ran before the weights were whole"
-    await fake.update_weights(MemoryWeights(image=None), version="2", mode=UpdateMode.CUT)
+    await fake.update_weights(MemoryWeights(shapes={}, buckets=()), version="2", mode=UpdateMode.CUT)
     assert (await run(fake, [1])).weight_version == "2"
     await fake.stop()
 

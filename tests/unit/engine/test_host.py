@@ -57,13 +57,15 @@ async def engine() -> AsyncIterator[EngineHost]:
 
 @pytest.fixture
 def weights() -> tuple[WeightSource, WeightSource]:
-    return MemoryWeights(image=None), MemoryWeights(image=None)
+    return MemoryWeights(shapes={}, buckets=()), MemoryWeights(shapes={}, buckets=())
 
 
 async def test_an_update_of_an_engine_that_hangs_ends_with_it(engine: EngineHost) -> None:
     turn = asyncio.create_task(run(engine, new_prompt(40), max_tokens=1000))
     await asyncio.sleep(0.05)
-    update = asyncio.create_task(engine.update_weights(MemoryWeights(image=None), version="1", mode=UpdateMode.WAIT))
+    update = asyncio.create_task(
+        engine.update_weights(MemoryWeights(shapes={}, buckets=()), version="1", mode=UpdateMode.WAIT)
+    )
     await asyncio.sleep(0.05)
     engine._declare_dead(EngineDied("it hangs"))
     for waiting in (turn, update):

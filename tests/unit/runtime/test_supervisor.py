@@ -370,7 +370,7 @@ def test_an_engine_that_starts_again_has_the_runs_weights_before_the_scheduler_h
         supervisor = EngineSupervisor("e0", host, scheduler, await host.start(), SUPERVISED, weights)
         await supervisor.announce()
         watching = asyncio.create_task(supervisor.run())
-        await weights.update(scheduler, MemoryWeights(image=None), version="1")
+        await weights.update(scheduler, MemoryWeights(shapes={}, buckets=()), version="1")
         host.kill()
         await asyncio.sleep(5.0)
         watching.cancel()

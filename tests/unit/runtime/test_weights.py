@@ -24,7 +24,7 @@ from thunder_rollout.runtime.client import LocalScheduler, ProgramClient
 from thunder_rollout.runtime.service import SchedulerService
 from thunder_rollout.runtime.weights import Weights, WeightsFolder, update_weights
 
-WEIGHTS = MemoryWeights(image=None)  # an engine without a model knows them by their version
+WEIGHTS = MemoryWeights(shapes={}, buckets=())  # an engine without a model knows them by their version
 OUTPUT_TOKENS = 120
 
 
