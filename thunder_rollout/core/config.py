@@ -44,7 +44,7 @@ class AdaptiveConfig:
 
     admit_watermark: float = 0.95  # admit while demand is within this share of capacity
     high_watermark: float = 0.98  # release programs while demand is above this share
-    least_fill: float = 0.6  # share that the projected peak may reach where one more program gains nothing,
+    least_fill: float = 0.7  # share that the projected peak may reach where one more program gains nothing,
     most_fill: float = 1.0  # and where throughput is in proportion to their number; between them linear
     prior_growth: float = 2.0  # a context is expected to grow by this share until programs of its kind have ended
     decay_base: float = 2.0  # x: before a tool was seen, x^-t is the share of its calls still running after t
