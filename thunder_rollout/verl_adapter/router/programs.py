@@ -41,7 +41,7 @@ class ProgramRecord:
     prompt_tokens: int = 0
     num_open: int = 0  # requests that wait and turns in flight
     was_cut: bool = False  # its last turn was
-    is_over: bool = False  # its name is another program's now
+    is_over: bool = False  # its caller said so, or its name is another program's now
     idle_since_s: float = 0.0
     hasher: BlockHasher | None = None
     ending: set[asyncio.Task[None]] = field(default_factory=set)  # turns whose end is being looked into

@@ -96,12 +96,15 @@ class Router:
                 self._service.handle(ToolStarted(program=record.name, tool=tool))
 
     async def program_ended(self, request_id: str) -> None:
-        """Of a caller that tells: the program makes room at once, not when it has been idle for long."""
+        """Of a caller that tells: the program makes room at once, not when it has been idle for long. (This may
+        come before its last release, for Ray keeps no order.)"""
         record = self._programs.current(request_id)
         if record is not None:
             await record.settled()
             self._programs.forget(record)
-            self._service.close(record.name, reason="its caller said so")
+            record.is_over = True
+            if not record.num_open:
+                self._service.close(record.name, reason="its caller said so")
 
     async def add_servers(self, servers: Mapping[str, ReplicaPort]) -> None:
         self._joining.update(servers)
@@ -195,7 +198,7 @@ class Router:
             version=self._pool.version,
         )
         if over is not None and not over.num_open:
-            self._service.close(over.name, reason="its name is another program's now")
+            self._service.close(over.name, reason="it is over")
         try:
             grant = await self._service.admit(self._programs.request(record, prompt_ids))
         except BaseException as error:
@@ -243,7 +246,7 @@ class Router:
     def _close_request(self, record: ProgramRecord) -> None:
         self._programs.closed(record, self._clock())
         if record.is_over and not record.num_open:
-            self._service.close(record.name, reason="its name is another program's now")
+            self._service.close(record.name, reason="it is over")
 
     # Watching
 

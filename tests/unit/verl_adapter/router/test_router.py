@@ -381,6 +381,10 @@ async def test_a_caller_that_tells_of_a_programs_end_makes_room_at_once(make_she
     await asyncio.wait_for(waiting, 1)
     assert list(shell.core.programs) == ["q@1"]
     await shell.router.program_ended("nobody's")
+    await shell.router.program_ended("q")  # before its release, which comes late
+    assert list(shell.core.programs) == ["q@1"]
+    await shell.release("a", "q")
+    assert not shell.core.programs
 
 
 async def test_a_tool_that_is_told_of_is_the_one_that_the_scheduler_learns_of(make_shell):
