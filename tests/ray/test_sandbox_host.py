@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -18,7 +19,7 @@ from thunder_rollout.errors import ConfigError, SandboxFailed
 from thunder_rollout.sandbox.actor import create_sandbox_host, fleet_of
 from thunder_rollout.sandbox.config import SandboxConfig
 from thunder_rollout.sandbox.fleet import REPORT_S
-from thunder_rollout.sandbox.remote import RemoteSandboxHost, RemoteSandboxHosts
+from thunder_rollout.sandbox.remote import PlacedSandbox, RemoteSandboxHost, RemoteSandboxHosts
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 RUN = f"test-ray-{os.getpid()}"
@@ -134,6 +135,41 @@ async def test_programs_of_a_dead_host_fail_and_new_ones_go_to_the_other() -> No
         for handle in (*handles, fleet.fleet):
             ray.kill(handle)
     await asyncio.to_thread(wait_until_nothing_is_left)
+
+
+async def test_a_killed_host_comes_back_without_what_it_had() -> None:
+    handle = create_sandbox_host(SandboxConfig(backend="local"), run=RUN, owner_pid=os.getpid())
+    fleet = fleet_of([handle])
+    hosts = RemoteSandboxHosts(fleet)
+    try:
+        await hosts.start([])
+        box = hosts.sandbox("p", SPEC)
+        await box.start()
+        os.kill(await handle.pid.remote(), signal.SIGKILL)
+        with pytest.raises(SandboxFailed):
+            await box.exec("echo on", timeout_s=10)
+        async with asyncio.timeout(60):
+            await _started(hosts.sandbox("q", SPEC))
+        with pytest.raises(SandboxFailed):
+            await box.exec("echo on", timeout_s=10)
+        assert await RemoteSandboxHost(handle).num_running() == 1
+        await box.stop()
+    finally:
+        await hosts.stop()
+        for actor in (handle, fleet.fleet):
+            ray.kill(actor)
+    await asyncio.to_thread(wait_until_nothing_is_left)
+
+
+async def _started(box: PlacedSandbox) -> None:
+    """As a program does that is tried again."""
+    while True:
+        try:
+            await box.start()
+            assert (await box.exec("cat a.py", timeout_s=10)).output == "x = 1\n"
+            return
+        except SandboxFailed:
+            await asyncio.sleep(0.2)
 
 
 def wait_until_nothing_is_left() -> None:

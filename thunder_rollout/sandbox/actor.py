@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from thunder_rollout.errors import SandboxFailed
 from thunder_rollout.sandbox.config import BackendChoice, SandboxConfig
 from thunder_rollout.sandbox.fleet import SandboxFleet
 from thunder_rollout.sandbox.host import SandboxHost
@@ -19,13 +21,18 @@ MAX_CONCURRENCY = 100_000  # every command that runs holds one call
 
 
 class SandboxHostActor:
-    """`SandboxHost` in a process of its own; adds nothing to it."""
+    """`SandboxHost` in a process of its own. Ray restarts a dead actor, without its host: `start` it."""
 
     def __init__(self, config: SandboxConfig, run: str, owner_pid: int | None) -> None:
         self._config, self._run, self._owner_pid = config, run, owner_pid
         self._host: SandboxHost | None = None
 
+    async def pid(self) -> int:
+        return os.getpid()
+
     async def start(self, images: list[str]) -> BackendChoice:
+        if self._host is not None:  # an earlier start that nobody heard the end of
+            await self._host.stop()
         self._host = SandboxHost(self._config, run=self._run, owner_pid=self._owner_pid)
         return await self._host.start(images)
 
@@ -81,7 +88,8 @@ class SandboxHostActor:
         return self._started().stats()
 
     def _started(self) -> SandboxHost:
-        assert self._host is not None, "start the host first"
+        if self._host is None:
+            raise SandboxFailed("sandbox: its host is new, and has nothing yet; start the program again")
         return self._host
 
 
@@ -91,8 +99,8 @@ class FleetActor:
     def __init__(self, hosts: tuple[Any, ...]) -> None:
         self._fleet = SandboxFleet([RemoteSandboxHost(handle) for handle in hosts])
 
-    async def start(self) -> None:
-        await self._fleet.start()
+    async def start(self, images: list[str]) -> None:
+        await self._fleet.start(images)
 
     async def stop(self) -> None:
         await self._fleet.stop()
@@ -129,7 +137,9 @@ def create_sandbox_host(
     `owner_pid`, which must be on that node, does, or the actor itself; without one, when heartbeats
     stop."""
     node = NodeAffinitySchedulingStrategy(node_id or ray.get_runtime_context().get_node_id(), soft=False)
-    cls = ray.remote(num_cpus=0, max_concurrency=MAX_CONCURRENCY, scheduling_strategy=node)(SandboxHostActor)
+    cls = ray.remote(num_cpus=0, max_concurrency=MAX_CONCURRENCY, scheduling_strategy=node, max_restarts=-1)(
+        SandboxHostActor
+    )
     return cls.remote(config, run, owner_pid)
 
 

@@ -1,8 +1,10 @@
-"""All nodes' sandbox hosts as one: who is placed where, and which host is gone.
+"""All nodes' sandbox hosts as one: who is placed where, which host is gone, and its coming back.
 
-`SandboxFleet` is the one that everybody asks; it hears from each host every `REPORT_S`. A host
-that is gone, or says nothing for `SILENCE_S`, is lost for good: its programs fail with
-`SandboxFailed` and start again from their task, elsewhere.
+`SandboxFleet` is the one that everybody asks; it hears from each host every `REPORT_S`. A host that
+is gone, or says nothing for `SILENCE_S`, is lost with all it had: its programs fail with
+`SandboxFailed` and start again from their task, elsewhere. It is started again under the next
+generation, which sweeps what the last one left; after `MAX_RESTARTS` starts in a row that failed it
+is given up, as it is where its node is gone.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import logging
 from collections.abc import Sequence
 from typing import Protocol
 
-from thunder_rollout.errors import SandboxFailed
+from thunder_rollout.errors import SandboxFailed, ThunderError
 from thunder_rollout.sandbox.image_engine import canonical_name
 from thunder_rollout.sandbox.placement import HostStats, Placement
 
@@ -20,10 +22,18 @@ logger = logging.getLogger(__name__)
 
 REPORT_S = 1.0
 SILENCE_S = 30.0
+START_TIMEOUT_S = 120.0
+MAX_RESTARTS = 5
 
 
 class HostPort(Protocol):
     """What the fleet says to a host; the hints need no answer and never fail."""
+
+    async def start(self, images: list[str]) -> str:
+        """Also again, after it was gone. Raises `ThunderError`."""
+
+    def kill(self) -> None:
+        """End its process, whatever state it is in; `start` then begins in a new one."""
 
     async def stats(self) -> HostStats:
         """Raises `SandboxFailed` if the host is gone."""
@@ -43,12 +53,15 @@ class SandboxFleet:
         self._placement = Placement(len(hosts))
         self._report_s = report_s
         self._silence_s = silence_s
+        self._images: list[str] = []
+        self._generations = [0] * len(hosts)
         self._listening: list[asyncio.Task[None]] = []
 
-    async def start(self) -> None:
-        """Every host has reported once when it returns."""
+    async def start(self, images: Sequence[str] = ()) -> None:
+        """Every host has reported once when it returns. With `images` the hosts were started, and are again."""
+        self._images = list(images)
         await asyncio.gather(*(self._ask(host) for host in self._placement.hosts))
-        self._listening = [asyncio.create_task(self._listen(host)) for host in self._placement.hosts]
+        self._listening = [asyncio.create_task(self._listen(host)) for host in range(len(self._hosts))]
 
     async def stop(self) -> None:
         """Idempotent; the hosts are their owner's to stop."""
@@ -98,9 +111,37 @@ class SandboxFleet:
             self._hosts[host].expect(images)
 
     async def _listen(self, host: int) -> None:
-        while host in self._placement.hosts:
+        """Until it is given up."""
+        is_up = True
+        while is_up:
             await asyncio.sleep(self._report_s)
-            await self._ask(host)
+            if host in self._placement.hosts:
+                await self._ask(host)
+            else:
+                is_up = await self._restart(host)
+
+    async def _restart(self, host: int) -> bool:
+        """Whether the host is up again."""
+        pause_s = self._report_s
+        for _ in range(MAX_RESTARTS):
+            try:
+                async with asyncio.timeout(START_TIMEOUT_S):
+                    await self._hosts[host].start(self._images)
+                    stats = await self._hosts[host].stats()
+            except (ThunderError, TimeoutError) as error:
+                if isinstance(error, TimeoutError):
+                    self._hosts[host].kill()
+                logger.warning("sandbox host %d did not start again: %r; next try in %.0f s", host, error, pause_s)
+                await asyncio.sleep(pause_s)
+                pause_s *= 2
+                continue
+            self._generations[host] += 1
+            logger.warning("sandbox host %d generation=%d is up again", host, self._generations[host])
+            self._placement.join(host, stats)
+            self._share()
+            return True
+        logger.error("sandbox host %d is given up after %d starts", host, MAX_RESTARTS)
+        return False
 
     async def _ask(self, host: int) -> None:
         try:
@@ -109,6 +150,8 @@ class SandboxFleet:
         except (SandboxFailed, TimeoutError) as error:
             why = str(error) or f"it said nothing for {self._silence_s:.0f} s"
             if host in self._placement.hosts:
+                if isinstance(error, TimeoutError):
+                    self._hosts[host].kill()
                 logger.warning("sandbox host %d is lost; its programs start again elsewhere: %s", host, why)
                 self._placement.lose(host)
                 self._share()

@@ -4,7 +4,7 @@ The least expected wait wins, in seconds: a pull where the image is not there (n
 the starts queued ahead, and `LOAD_S` for each program on a CPU of the node. Nodes that have no
 disk for another sandbox come last. Each image has a home, the node that pulls it ahead and where
 equals are decided, so that the nodes' disks together hold many images; a home changes only when
-its node is lost. A program stays where it was placed: with a node that is lost, it is lost.
+its node is lost or comes back. A program stays where it was placed: with a node that is lost, it is lost.
 """
 
 from __future__ import annotations
@@ -63,6 +63,10 @@ class Placement:
     def lose(self, host: int) -> None:
         """The host is gone: nothing is placed on it any more, and its images get other homes. Idempotent."""
         self._stats.pop(host, None)
+
+    def join(self, host: int, stats: HostStats) -> None:
+        """A host that was lost is back, with nothing of what it had."""
+        self._stats[host] = stats
 
     def place(self, program: str, image: str, *, disk_bytes: int) -> int:
         """The program's host, chosen now unless it was before. Raises `SandboxFailed` if none is left."""

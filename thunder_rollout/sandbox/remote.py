@@ -8,6 +8,9 @@ from collections.abc import Awaitable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import ray
+from ray.exceptions import ActorUnavailableError
+
 from thunder_rollout.errors import ConfigError, SandboxFailed
 from thunder_rollout.remote import remote_call
 from thunder_rollout.sandbox.config import BackendChoice
@@ -15,6 +18,7 @@ from thunder_rollout.sandbox.placement import HostStats
 from thunder_rollout.sandbox.protocol import ExecResult, SandboxSpec
 
 HEARTBEAT_S = 2.0
+UNAVAILABLE_POLL_S = 0.5
 
 T = TypeVar("T")
 
@@ -30,9 +34,19 @@ class RemoteSandboxHost:
         self._handle = handle
 
     async def start(self, images: list[str]) -> str:
-        """See `SandboxHost.start`; the backend chosen, docker or local."""
-        choice: BackendChoice = await _call(self._handle.start.remote(images))
-        return choice.backend
+        """See `SandboxHost.start`; the backend chosen, docker or local. Waits while Ray makes the actor anew."""
+        while True:
+            try:
+                choice: BackendChoice = await _call(self._handle.start.remote(images))
+                return choice.backend
+            except SandboxHostDied as error:
+                if not isinstance(error.__cause__, ActorUnavailableError):
+                    raise
+            await asyncio.sleep(UNAVAILABLE_POLL_S)
+
+    def kill(self) -> None:
+        """End the actor's process, whatever state it is in; Ray makes it anew."""
+        ray.kill(self._handle, no_restart=False)
 
     async def stop(self) -> None:
         await _call(self._handle.stop.remote())
@@ -69,11 +83,11 @@ class RemoteSandboxHost:
         return (await self.stats()).num_running
 
     async def keep_alive(self) -> None:
-        """Tell the host that the driver lives, until cancelled or the host is dead."""
-        with contextlib.suppress(SandboxFailed):
-            while True:
+        """Tell the host that the driver lives, until cancelled; it may die and come back."""
+        while True:
+            with contextlib.suppress(SandboxHostDied):
                 await _call(self._handle.heartbeat.remote())
-                await asyncio.sleep(HEARTBEAT_S)
+            await asyncio.sleep(HEARTBEAT_S)
 
     def sandbox(self, program: str, spec: SandboxSpec) -> RemoteSandbox:
         return RemoteSandbox(self._handle, program, spec)
@@ -104,7 +118,7 @@ class RemoteSandboxHosts:
                 f"sandbox.backend: some nodes have Docker and some have not ({', '.join(backends)}); "
                 "set sandbox.backend=local, or start Docker on every node"
             )
-        await _ask(self._fleet.start.remote())
+        await _ask(self._fleet.start.remote(images))
         return backends[0]
 
     async def stop(self) -> None:

@@ -21,6 +21,17 @@ class FakeHost:
         self.broken: Exception | None = None
         self.expected: list[str] = []
         self.under_way: list[str] = []
+        self.starts: list[list[str]] = []
+        self.num_kills = 0
+
+    async def start(self, images: list[str]) -> str:
+        self.starts.append(images)
+        if self.is_gone or self.is_silent:
+            raise SandboxFailed("no node for it")
+        return "fake"
+
+    def kill(self) -> None:
+        self.num_kills += 1
 
     async def stats(self) -> HostStats:
         if self.is_silent:
@@ -118,4 +129,54 @@ async def test_a_bug_in_a_report_is_told_to_whoever_asks_next() -> None:
     await asyncio.sleep(0.05)
     with pytest.raises(ZeroDivisionError):
         fleet.place("p", "i", 1)
+    await fleet.stop()
+
+
+@pytest.mark.parametrize("how", ["is_gone", "is_silent"])
+async def test_a_lost_host_is_started_again_and_takes_new_programs(how: str) -> None:
+    hosts = FakeHost(), FakeHost()
+    fleet = SandboxFleet(hosts, report_s=0.005, silence_s=0.05)
+    await fleet.start(["toy"])
+    placed = {f"p{i}": fleet.place(f"p{i}", "i", 1) for i in range(4)}
+    setattr(hosts[1], how, True)
+    await until(lambda: fleet.num_running() == 3)
+    assert hosts[1].num_kills == (how == "is_silent"), "a process that hangs is ended first"
+    assert {fleet.locate(program) for program in placed} == {0, None}
+    await until(lambda: len(hosts[1].starts) > 1)
+    setattr(hosts[1], how, False)
+    await until(lambda: fleet.num_running() == 6)
+    assert hosts[1].starts[-1] == ["toy"]
+    assert {fleet.place(f"q{i}", f"i{i}", 1) for i in range(20)} == {0, 1}
+    await fleet.stop()
+
+
+async def test_a_host_that_does_not_start_again_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("thunder_rollout.sandbox.fleet.MAX_RESTARTS", 2)
+    host = FakeHost()
+    fleet = await fleet_of(host)
+    host.is_gone = True
+    await until(lambda: len(host.starts) == 2)
+    await until(lambda: all(task.done() for task in fleet._listening))
+    with pytest.raises(SandboxFailed, match="no sandbox host is left"):
+        fleet.place("p", "i", 1)
+    await fleet.stop()
+
+
+async def test_a_start_that_hangs_is_ended_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("thunder_rollout.sandbox.fleet.START_TIMEOUT_S", 0.02)
+    host = FakeHost()
+    fleet = await fleet_of(host)
+    host.is_gone = True
+    await until(lambda: fleet.num_running() == 0)
+    host.is_gone = False
+    hang = asyncio.Event()
+    first_start = host.start
+
+    async def hanging(images: list[str]) -> str:
+        host.start = first_start  # type: ignore[method-assign]
+        await hang.wait()
+        return "fake"
+
+    host.start = hanging  # type: ignore[method-assign]
+    await until(lambda: fleet.num_running() == 3)
     await fleet.stop()
