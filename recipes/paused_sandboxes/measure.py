@@ -3,8 +3,8 @@
     sudo .venv/bin/python recipes/paused_sandboxes/measure.py --backend docker|local [--num 8]
 
 Each sandbox has written 10 MB, and left a process behind that holds 64 MB and computes. Memory and CPU time are those
-of its processes, and with Docker of the shim that the engine runs for each container. Exits with 1 if a sandbox comes back
-with other files than it had.
+of its processes, and with Docker of the shim that the engine runs for each container. Exits with 1 if a sandbox comes
+back with other files than it had.
 """
 
 from __future__ import annotations

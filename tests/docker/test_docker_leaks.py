@@ -66,6 +66,17 @@ async def test_sandboxes_in_and_out_leave_nothing(client: docker.DockerClient, v
     assert labelled(client) == []
 
 
+async def test_a_container_with_volumes_is_frozen_instead_of_put_away(volume_image: str) -> None:
+    host = SandboxHost(SandboxConfig(backend="docker", when_paused="stop"), run=RUN)
+    try:
+        await host.start([volume_image])
+        await host.acquire("p", SandboxSpec(image=volume_image, setup="mkdir -p /testbed; echo kept > /data/x"))
+        assert not await host.rest("p")
+        assert (await host.exec("p", "cat /data/x", timeout_s=10)).output == "kept\n"
+    finally:
+        await host.stop()
+
+
 def test_a_sweep_takes_volumes_and_networks_too(client: docker.DockerClient) -> None:
     session = new_session()
     labels = {"thunder.run": RUN, "thunder.session": session}

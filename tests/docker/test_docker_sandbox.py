@@ -20,6 +20,7 @@ from thunder_rollout.errors import ConfigError, SandboxFailed
 from thunder_rollout.sandbox.config import SandboxConfig, select_backend
 from thunder_rollout.sandbox.docker import DockerSandbox
 from thunder_rollout.sandbox.docker_engine import DockerEngine, sweep_docker
+from thunder_rollout.sandbox.protocol import Rest
 
 RUN = f"test-docker-{os.getpid()}"
 
@@ -143,3 +144,25 @@ async def test_a_sweep_removes_the_dead_sessions_of_one_run_only(
         assert await asyncio.to_thread(sweep_docker, None, "another", lambda session: True) == 0
         assert await asyncio.to_thread(sweep_docker, None, RUN, lambda session: session != "new") == 1
         assert (await alive.exec("echo on", timeout_s=10)).output == "on\n"
+
+
+async def test_a_sweep_takes_frozen_containers_and_the_images_of_those_put_away(
+    make: MakeSandbox, client: docker.DockerClient
+) -> None:
+    labels = {"run": RUN, "session": "old"}
+    async with (
+        started(make, setup="mkdir -p /testbed", labels=labels) as frozen,
+        started(make, setup="mkdir -p /testbed; echo x > /testbed/x", labels=labels) as away,
+    ):
+        assert await frozen.rest(Rest.FREEZE) is Rest.FREEZE
+        for _ in range(2):  # the second image lies on the first
+            await away.rest(Rest.STOP)
+            await away.read_file("/testbed/x")
+        await away.rest(Rest.STOP)
+        assert len(containers(client, RUN)) == 1
+        assert kept_images(client, RUN)
+        assert await asyncio.to_thread(sweep_docker, None, RUN, lambda session: session == "old") > 1
+        assert containers(client, RUN) == kept_images(client, RUN) == []
+        for box in (frozen, away):
+            with pytest.raises(SandboxFailed):
+                await box.exec("true", timeout_s=5)

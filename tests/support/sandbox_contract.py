@@ -59,6 +59,15 @@ async def test_a_command_may_kill_all_others_and_print_after_its_end(make: MakeS
         assert (await box.exec("echo on; sleep 0.1", timeout_s=10)).output == "on\n"
 
 
+async def test_a_command_that_halts_its_way_in_costs_itself_the_time_limit(make: MakeSandbox) -> None:
+    async with started(make) as box:
+        for halt in ("kill -STOP $PPID", "(sleep 0.1; kill -STOP $PPID) & echo now"):
+            await box.exec(halt, timeout_s=1)
+            await asyncio.sleep(0.3)
+            await box.exec("true", timeout_s=1)
+            assert (await box.exec("echo on", timeout_s=10)).output == "on\n"
+
+
 async def test_environment_reaches_the_command_only(make: MakeSandbox) -> None:
     async with started(make, env={"GREETING": "a 'b' \"c\"", "LD_PRELOAD": "/no/such.so"}) as box:
         assert (await box.exec("unset LD_PRELOAD; echo $GREETING", timeout_s=10)).output.endswith("a 'b' \"c\"\n")

@@ -27,7 +27,7 @@ EVEN_SHARES = 1024
 _EVEN_WEIGHT = 100  # what v2 calls as much
 _CPU_PERIOD_US = 100_000
 _CONTROLLERS = ("memory", "pids", "cpu")
-_FREEZER = "freezer"  # of v1; v2 has no controller for it
+_FREEZER = "freezer"  # of v1; first, for nothing that is frozen can be removed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +117,7 @@ def _is_v2(root: Path) -> bool:
 def _hierarchies(root: Path) -> list[Path]:
     if _is_v2(root):
         return [root]
-    return [root / name for name in (*_CONTROLLERS, _FREEZER) if (root / name / "cgroup.procs").exists()]
+    return [root / name for name in (_FREEZER, *_CONTROLLERS) if (root / name / "cgroup.procs").exists()]
 
 
 def _make(folder: Path, *, v2: bool) -> None:

@@ -156,7 +156,7 @@ class CommandRunner(ABC):
             while True:
                 is_new, channel = self._channel is None, await self._opened()
                 timed_out = await self._follow(channel, content, marked, timeout_s)
-                if marked.has_begun or is_new:
+                if marked.has_begun or is_new or timed_out:
                     break
                 self._close_channel()  # it had died before the command came
         except NotRunnable as error:

@@ -187,9 +187,10 @@ class DockerSandbox(ShellSandbox):
         state = await self._ask(lambda: api.inspect_container(self._container))
         if any(mount["Type"] == "volume" for mount in state["Mounts"]):
             return False
+        await self._end_processes()
         written_bytes = await self._written_bytes()
         try:
-            committed = await self._engine.call(lambda: api.commit(self._container))
+            committed = await self._engine.call(lambda: api.commit(self._container, pause=False))
         except APIError as error:  # too many layers, or no room for another
             await self._require_alive()
             logger.warning("a sandbox can't be put away: %s", error.explanation)

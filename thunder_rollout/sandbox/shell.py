@@ -99,7 +99,7 @@ class ShellSandbox(CommandRunner):
 
     @abstractmethod
     async def _put_away(self) -> bool:
-        """End all processes and keep the files; False where that can't be done, and nothing has changed."""
+        """End all processes and keep the files; False where they can't be kept without the sandbox running."""
 
     @abstractmethod
     async def _start_again(self) -> None:

@@ -127,6 +127,16 @@ async def test_starting_is_fast(make: MakeSandbox) -> None:
     assert took_s < 3, "measured 0.12 s on an idle machine"
 
 
+@pytest.mark.parametrize("how", [Rest.FREEZE, Rest.STOP])
+async def test_a_sweep_takes_those_that_rest(make: MakeSandbox, how: Rest) -> None:
+    async with started(make, labels={"session": "old"}) as box:
+        await box.rest(how)
+        assert await asyncio.to_thread(sweep_local, RUN, lambda session: session == "old")
+        assert local_leftovers(RUN) == []
+        with pytest.raises(SandboxFailed):
+            await box.exec("true", timeout_s=5)
+
+
 OWNER = """
 import asyncio, sys
 from thunder_rollout.sandbox.local import LocalSandbox
