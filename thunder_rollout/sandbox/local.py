@@ -112,6 +112,8 @@ class LocalSandbox(ShellSandbox):
         if self._control >= 0:
             with contextlib.suppress(BrokenPipeError, BlockingIOError):
                 os.write(self._control, b"kill\n")
+        if isinstance(self._channel, _Bash):
+            self._channel.kill()
 
     async def _require_alive(self) -> None:
         self._require_init()
@@ -176,6 +178,7 @@ class LocalSandbox(ShellSandbox):
                 self._cgroup.thaw()
             await self._process.wait()
         if isinstance(self._channel, _Bash):
+            self._channel.kill()
             await self._channel.process.wait()
         if self._cgroup is not None:
             await _until(self._cgroup.remove)
@@ -268,6 +271,11 @@ class _Bash:
                     await readable.wait()
                 finally:
                     loop.remove_reader(self._reader)
+
+    def kill(self) -> None:
+        """End `nsenter`, which stays outside, and stops when the bash is stopped."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()
 
     def close(self) -> None:
         assert self.process.stdin is not None
