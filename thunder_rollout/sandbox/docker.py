@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 _DEATH_PATIENCE_S = 1.0
 _DISK_EVERY_S = 1.0
+_FREEZE_ATTEMPTS = 4
 _LEAST_DISK_BYTES = 2**20
 _KEPT_CAPABILITIES = ["CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID"]
 
@@ -171,13 +172,15 @@ class DockerSandbox(ShellSandbox):
         return max(_LEAST_DISK_BYTES, self.spec.limits.disk_bytes - self._kept_bytes)
 
     async def _freeze(self) -> bool:
-        try:
-            await self._engine.call(lambda: self._engine.client.api.pause(self._container))
-        except APIError as error:  # with cgroup v1, processes that fork all the time can outrun it
-            await self._require_alive()
-            logger.info("a container can't be paused now: %s", error.explanation)
-            return False
-        return True
+        for _ in range(_FREEZE_ATTEMPTS):  # with cgroup v1, busy processes can outrun the engine
+            try:
+                await self._engine.call(lambda: self._engine.client.api.pause(self._container))
+            except APIError as error:
+                await self._require_alive()
+                logger.info("a container can't be paused now: %s", error.explanation)
+            else:
+                return True
+        return False
 
     async def _thaw(self) -> None:
         await self._ask(lambda: self._engine.client.api.unpause(self._container))

@@ -252,6 +252,9 @@ class _Bash:
     def __init__(self, process: asyncio.subprocess.Process, reader: int) -> None:
         self.process = process
         self._reader = reader
+        self._pidfd = -1
+        with contextlib.suppress(ProcessLookupError):  # it has ended already
+            self._pidfd = os.pidfd_open(process.pid)
         os.set_blocking(reader, False)
 
     async def send(self, content: bytes) -> None:
@@ -274,8 +277,9 @@ class _Bash:
 
     def kill(self) -> None:
         """End `nsenter`, which stays outside, and stops when the bash is stopped."""
-        with contextlib.suppress(ProcessLookupError):
-            self.process.kill()
+        if self._pidfd >= 0:  # `process.kill` may reap it, unseen by asyncio
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def close(self) -> None:
         assert self.process.stdin is not None
@@ -283,6 +287,9 @@ class _Bash:
         if self._reader >= 0:
             os.close(self._reader)
             self._reader = -1
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
 
 
 async def _until(done: Callable[[], bool], every_s: float = 0.005) -> None:
