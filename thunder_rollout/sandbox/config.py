@@ -45,7 +45,7 @@ class SandboxConfig:
     images: ImagesConfig = field(default_factory=ImagesConfig)
     network: str = "none"  # the only choice: an agent with a network can read the answer
     docker_host: str | None = None  # None: DOCKER_HOST, else the default socket
-    cpu_shares: int = 512  # of all sandboxes of a node together, where others want the CPU too: 1024 is an even share
+    cpu_shares: int = 1024  # of all sandboxes of a node together; 1024: as much as one busy thread of anybody else
     when_paused: str = "auto"  # what becomes of a sandbox whose program waits; auto: by the node's pressure
     max_starts: int = 4  # sandboxes of one node that start at the same time
     start_timeout_s: float = 120.0  # of one sandbox, its setup included
