@@ -75,7 +75,10 @@ def main(arguments: list[str]) -> int:
     if not folders:
         print(f"{options.runs}: no run with a metrics.jsonl; run run_verl_cpu_toy.sh first", file=sys.stderr)
         return 2
-    runs = [read_run(folder) for folder in folders]
+    runs = [rows for folder in folders if len(validations(rows := read_run(folder))) > 1]
+    if not runs:
+        print(f"{options.runs}: no run has come to its second validation yet; wait for it", file=sys.stderr)
+        return 2
     out = options.out or options.runs
     write_csv(runs, out / "curves.csv")
     plot(runs, out / "curves.png")

@@ -75,6 +75,8 @@ def test_curves_are_drawn_from_verls_metrics(tmp_path: Path) -> None:
             {"step": 2, "data": {"critic/score/mean": 0.6, "val-core/toy/acc/mean@1": 0.5 + gain}},
         ]
         (tmp_path / seed / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "just_begun").mkdir()
+    (tmp_path / "just_begun" / "metrics.jsonl").write_text("")
     done = subprocess.run(
         [sys.executable, str(RECIPE / "curves.py"), str(tmp_path)], capture_output=True, text=True, check=True
     )

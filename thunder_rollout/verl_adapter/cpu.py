@@ -34,8 +34,8 @@ _ROLLOUT_ENVIRONMENT = {
 
 
 def is_cpu_only_build() -> bool:
-    """Whether this torch could use no accelerator, whatever the machine has."""
-    return torch.version.cuda is None and torch.version.hip is None and not hasattr(torch, "npu")
+    """Whether this torch was built for no accelerator, whatever the machine has."""
+    return torch.accelerator.current_accelerator() is None
 
 
 def is_chosen() -> bool:
