@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import ray
 
+from tests.support.replica_contract import CAPACITY_TOKENS, check_replica
 from tests.support.verl_server import StandInServer
 from thunder_rollout.verl_adapter import ProgramRouter
+from thunder_rollout.verl_adapter.router.actor import RayReplica
+from thunder_rollout.verl_adapter.router.config import RouterConfig
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -66,6 +69,22 @@ def test_thousands_of_held_requests_do_not_hold_the_releases_back(actors: list[A
             with pytest.raises(RuntimeError, match="No available servers in load balancer"):
                 ray.get(ref)
     assert ray.get(router.get_total_inflight.remote()) == 0
+
+
+async def test_a_replica_on_an_actor_keeps_the_contract_of_replicas(actors: list[Any]) -> None:
+    server = ray.remote(num_cpus=0)(StandInServer).remote(CAPACITY_TOKENS)
+    port = RayReplica("a:1", server, RouterConfig(router_class="any"))
+    await server.set.remote(global_steps=0)
+
+    async def become(
+        paused: bool, version: int = 3, prompt_lengths: tuple[int, ...] = (), broken: bool = False
+    ) -> None:
+        await server.set.remote(_submission_paused=paused, global_steps=version)
+        for length in prompt_lengths:
+            await server.begin.remote(length)
+        await server.__ray_call__.remote(lambda self: setattr(self.engine, "errored", broken))
+
+    await check_replica(port, become, lambda: ray.kill(server))
 
 
 @ray.remote(num_cpus=0)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 import ray
+from ray.exceptions import ActorUnavailableError
 
 from thunder_rollout.errors import EngineDied
 from thunder_rollout.remote import remote_call
@@ -42,7 +43,13 @@ class RayReplica:
         return facts
 
     async def state(self) -> ReplicaState:
-        state: ReplicaState = await self._read(read_state)
+        """One that can't be reached for now is as good as paused."""
+        try:
+            state: ReplicaState = await self._read(read_state)
+        except EngineDied as error:
+            if not isinstance(error.__cause__, ActorUnavailableError):
+                raise
+            return ReplicaState(paused=True, prompt_lengths=None)
         return state
 
     async def _read(self, function: Any, *args: Any) -> Any:

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 SETTLE_S = 0.5  # gates that are ready wait so long for others that are shut
 SHUT_POLL_S = 0.1  # replicas are read as often while a gate is shut
+LATE_S = 5.0  # a release of an aborted turn comes at most so long after its replica serves again
 STATE_TIMEOUT_S = 30.0  # a replica that does not answer for so long is taken to be as it was
 
 
@@ -39,6 +40,7 @@ class Replica:
     generation: int
     version: int | None
     is_shut: bool
+    opened_s: float = float("-inf")  # when it was last
     ready_since_s: float | None = None  # shut, and seen to serve again
     ready_version: int | None = None
     reading: asyncio.Task[ReplicaState] | None = field(default=None, repr=False)
@@ -124,6 +126,14 @@ class ReplicaPool:
         self._apply(replica, state)
         return state
 
+    def was_cut(self, name: str, granted_under: int | None, state: ReplicaState | None) -> bool:
+        """Whether a turn that was released now, granted under that version of the weights, was aborted: its replica
+        is gone or paused, or was until just now. One that comes later was parked there meanwhile, and ran."""
+        replica = self._replicas.get(name)
+        if replica is None or (state is not None and state.paused):
+            return True
+        return state is not None and state.version != granted_under and self._clock() - replica.opened_s < LATE_S
+
     def void_caches(self) -> None:
         """Everybody may move: as after an update, though no weights changed."""
         names = tuple(name for name, replica in self._replicas.items() if not replica.is_shut)
@@ -199,13 +209,17 @@ class ReplicaPool:
         is_new = any(replica.version != version for replica in replicas)
         for replica in replicas:
             replica.version, replica.is_shut, replica.ready_since_s = version, False, None
+            replica.opened_s = self._clock()
         told = str(version) if is_new and version is not None else None
         self._handle(WeightsUpdated(backends=tuple(replica.name for replica in replicas), version=told))
 
 
 async def _meet(name: str, port: ReplicaPort) -> tuple[ReplicaFacts, ReplicaState] | None:
     try:
-        facts, state = await port.facts(), await port.state()
+        async with asyncio.timeout(STATE_TIMEOUT_S):
+            facts, state = await port.facts(), await port.state()
+    except TimeoutError:
+        raise TimeoutError(f"replica {name} did not tell what it is within {STATE_TIMEOUT_S:.0f} s") from None
     except EngineDied as error:
         logger.warning("replica=%s does not join: %s", name, error)
         return None

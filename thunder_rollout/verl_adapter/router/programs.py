@@ -114,6 +114,7 @@ class Programs:
             self._idle[record.name] = record
 
     def forget(self, record: ProgramRecord) -> None:
+        record.is_over = True
         self._idle.pop(record.name, None)
         if self._current.get(record.request_id) is record:
             del self._current[record.request_id]

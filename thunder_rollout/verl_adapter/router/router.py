@@ -57,8 +57,11 @@ class Router:
         self._lock = asyncio.Lock()  # of those that join
 
     async def inspect(self) -> None:
-        """Raises `ConfigError` for servers that can't be scheduled; starts nothing."""
-        await asyncio.gather(*(port.facts() for port in self._joining.values()))
+        """Raises `ConfigError` for servers that can't be scheduled; starts nothing, and lets the dead rest."""
+        results = await asyncio.gather(*(port.facts() for port in self._joining.values()), return_exceptions=True)
+        for error in results:
+            if isinstance(error, BaseException) and not isinstance(error, EngineDied):
+                raise error
 
     async def acquire(
         self, request_id: str, prompt_ids: list[int], sampling_params: Mapping[str, Any] | None = None
@@ -161,6 +164,7 @@ class Router:
         for record in self._programs.idle_for(self._config.forget_after_s, self._clock()):
             self._programs.forget(record)
             self._service.close(record.name, reason="idle")
+        self._service.metrics()  # the mean of the imbalance is of the moments when it was asked for
 
     # Start
 
@@ -177,8 +181,8 @@ class Router:
             if self._joining:
                 joining = dict(self._joining)
                 self._learn(await self._pool.join(joining))
-                for name in joining:
-                    self._joining.pop(name, None)
+                removed = [name for name in joining if self._joining.pop(name, None) is None]
+                self._pool.leave(removed, "verl removed it")
 
     def _learn(self, facts: list[ReplicaFacts]) -> None:
         for told in facts:
@@ -226,7 +230,7 @@ class Router:
         state = await self._pool.fresh_state(turn.server_id)
         self._drop_turns()
         record = turn.record
-        record.was_cut = state is not None and (state.paused or state.version != turn.version)
+        record.was_cut = self._pool.was_cut(turn.server_id, turn.version, state)
         if record.was_cut:
             self._metrics.num_cut += record.kind != VALIDATION
             self._tell_end(turn, FinishReason.ABORT, None)

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from tests.support.replica_contract import CAPACITY_TOKENS, check_replica
 from tests.unit.verl_adapter.router.conftest import ADAPTIVE, prompt, settle
 from thunder_rollout.core.config import CappedConfig, SchedulerConfig
 from thunder_rollout.core.program import Phase
@@ -153,6 +154,18 @@ async def test_a_release_that_comes_when_the_update_is_over_is_still_of_an_abort
     assert shell.core.programs["p@0"].acting_since_s is None
 
 
+async def test_a_turn_that_was_parked_through_an_update_is_none_that_was_aborted(make_shell):
+    shell = make_shell("a")
+    await shell.acquire("p")
+    shell.replicas["a"].become(paused=True)
+    await shell.poll()
+    shell.replicas["a"].become(paused=False, version=1)
+    await shell.poll()
+    shell.clock.now += 30.0
+    await shell.release("a", "p")
+    assert shell.core.programs["p@0"].phase is Phase.ACTING
+
+
 async def test_after_an_update_everybody_may_move_and_none_is_let_in_before_all_gates_open(make_shell):
     shell = make_shell("a b", facts={"capacity_tokens": 1000})
     servers = [await shell.acquire(f"p{number}", 300) for number in range(4)]
@@ -260,7 +273,8 @@ async def test_a_dead_server_is_left_out_from_the_first_sign(make_shell):
     shell.replicas[server].die()
     await shell.release(server, "p")  # the call failed at the caller
     assert shell.router.servers() == [other]
-    assert await shell.acquire("p", 120) == other
+    assert await shell.acquire("p") == other
+    assert list(shell.core.programs) == ["p@0"], "whoever asks again goes on"
     shell.replicas[other].become(broken="its engine core died")
     await shell.poll()
     with pytest.raises(RuntimeError, match="No available servers"):
@@ -270,6 +284,7 @@ async def test_a_dead_server_is_left_out_from_the_first_sign(make_shell):
 async def test_a_server_that_is_dead_from_the_start_does_not_join(make_shell):
     shell = make_shell("a b")
     shell.replicas["a"].die()
+    await shell.router.inspect()
     assert await shell.acquire("p") == "b"
     assert shell.router.servers() == ["b"]
 
@@ -396,3 +411,12 @@ async def test_a_tool_that_is_told_of_is_the_one_that_the_scheduler_learns_of(ma
     await shell.acquire("p", 150)
     await shell.router.tool_started("p", "late")
     assert shell.core.programs["p@0"].tool != "late"
+
+
+async def test_the_fake_replica_keeps_the_contract_of_replicas():
+    fake = FakeReplica("fake", capacity_tokens=CAPACITY_TOKENS)
+
+    async def become(**changes):
+        fake.become(**changes)
+
+    await check_replica(fake, become, fake.die)
