@@ -1,6 +1,6 @@
 """Build the tiny policy once and print where it is (the last line).
 
-usage: python recipes/tiny_policy/train.py [--config FILE] [--print-path | --evaluate N]
+usage: python recipes/tiny_policy/train.py [--config FILE] [--keep-current] [--print-path | --evaluate N]
 """
 
 from __future__ import annotations
@@ -40,15 +40,17 @@ def policy_folder(config: Path) -> Path:
     return home / "tiny_policy" / _content_hash(config)
 
 
-def ensure_policy(config: Path) -> Path:
-    """The policy's folder, trained if it isn't there yet; a killed training leaves none."""
+def ensure_policy(config: Path, *, keep_current: bool = False) -> Path:
+    """The policy's folder, trained if it isn't there yet; a killed training leaves none. `current` points at it
+    unless it is to be kept."""
     folder = policy_folder(config)
     settings = load_settings(config)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _only_one(folder.parent / ".lock"):
         if not folder.exists():
             _build(folder, settings)
-        _point_current_at(folder)
+        if not keep_current:
+            _point_current_at(folder)
     return folder
 
 
@@ -90,6 +92,7 @@ def _content_hash(config: Path) -> str:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Build the tiny policy once and print where it is.")
     parser.add_argument("--config", type=Path, default=CONFIG_PATH, help="another config.yaml")
+    parser.add_argument("--keep-current", action="store_true", help="leave the link `current` as it is")
     parser.add_argument("--print-path", action="store_true", help="only say where it belongs; builds nothing")
     parser.add_argument("--evaluate", type=int, metavar="N", help="then let it act on N unseen tasks")
     parser.add_argument("--temperature", type=float, default=0.0, help="of --evaluate; 0 is greedy")
@@ -98,7 +101,7 @@ def main(arguments: list[str]) -> int:
         if options.print_path:
             folder = policy_folder(options.config)
         else:
-            folder = ensure_policy(options.config)
+            folder = ensure_policy(options.config, keep_current=options.keep_current)
             if options.evaluate:
                 from evaluate import evaluate
 

@@ -19,7 +19,7 @@ DATA=${DATA:-$RUN/data}
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" HYDRA_FULL_ERROR=1
 export VERL_FILE_LOGGER_PATH=${VERL_FILE_LOGGER_PATH:-$RUN/metrics.jsonl}
 
-model=$("$PYTHON" "$root/recipes/tiny_policy/train.py" --config "$POLICY" | tee /dev/stderr | tail -n 1)
+model=$("$PYTHON" "$root/recipes/tiny_policy/train.py" --config "$POLICY" --keep-current | tee /dev/stderr | tail -n 1)
 to_verl() { "$PYTHON" -m thunder_rollout.cli tasks to-verl out="$DATA" task.difficulty="$DIFFICULTY" "$@"; }
 to_verl task.seed=1 task.count="$NUM_TRAIN" validation_share=0
 to_verl task.seed=2 task.count="$NUM_VALIDATION" validation_share=1

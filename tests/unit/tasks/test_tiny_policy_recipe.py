@@ -56,8 +56,10 @@ def test_the_policy_is_built_once_as_a_hugging_face_folder(tmp_path: Path) -> No
         "<|im_start|>user\na<|im_end|>\n"
     )
 
-    second = run_recipe(tmp_path, "--config", str(config))
+    (tmp_path / "tiny_policy" / "current").unlink()
+    second = run_recipe(tmp_path, "--config", str(config), "--keep-current")
     assert second.stdout == f"{folder}\n"
+    assert not (tmp_path / "tiny_policy" / "current").exists()
 
 
 def test_the_path_is_told_without_building(tmp_path: Path) -> None:
