@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import itertools
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -46,6 +47,8 @@ from thunder_rollout.sandbox.protocol import SandboxLimits, SandboxSpec
 from thunder_rollout.sandbox.remote import RemoteSandboxHosts
 
 MODEL, WORKLOAD = "qwen2_3m", "short_tools"
+# Short lives on small pools: new programs come behind all that wait, so one life has to pass before it is their turn.
+SMALL = ["workload.short_tools.num_turns=6", "engine.kv_cache_tokens=8192", "engine.max_model_len=8192"]
 MOST_OF_SETUP, LEAST_S = 0.10, 0.1
 TOOL_TIMEOUT_S = 60.0
 
@@ -188,6 +191,8 @@ async def run(config: BenchConfig, mode: str, args: argparse.Namespace) -> Row:
             slots.cancel()
             await asyncio.gather(slots, return_exceptions=True)
         entries = read_trace(Path(scratch) / "trace.jsonl")
+        if args.keep is not None:
+            shutil.copy(Path(scratch) / "trace.jsonl", args.keep / f"{mode.replace(' ', '_')}.jsonl")
     began_s = next(now for now, event, _ in entries if isinstance(event, TurnRequested))
     return row_of(mode, waits_of(entries, began_s + warm_s), record, window_s=window_s)
 
@@ -251,11 +256,12 @@ def main() -> int:
     parser.add_argument("--setup-s", type=float, default=2.0)
     parser.add_argument("--backend", default="local")
     parser.add_argument("--max-starts", type=int, default=8)
-    parser.add_argument("--warmup-s", type=float, default=90.0)
-    parser.add_argument("--measure-s", type=float, default=120.0)
+    parser.add_argument("--warmup-s", type=float, default=60.0)
+    parser.add_argument("--measure-s", type=float, default=90.0)
     parser.add_argument("--only", choices=["by the grant", "ahead of it"])
+    parser.add_argument("--keep", type=Path, help="folder for the traces")
     args, overrides = parser.parse_known_args()
-    config = to_typed(BenchConfig, compose_config("bench", overrides))
+    config = to_typed(BenchConfig, compose_config("bench", [*SMALL, *overrides]))
     modes = {"by the grant": 0, "ahead of it": config.scheduler.prepare_ahead}
     rows = [
         asyncio.run(run(replace(config, scheduler=replace(config.scheduler, prepare_ahead=most)), mode, args))
