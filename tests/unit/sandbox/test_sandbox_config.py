@@ -7,6 +7,7 @@ from thunder_rollout.sandbox import docker_engine, local
 from thunder_rollout.sandbox.config import SandboxConfig, select_backend
 from thunder_rollout.sandbox.docker_engine import probe_engine
 from thunder_rollout.sandbox.protocol import SandboxLimits
+from thunder_rollout.sandbox.variables import common_variables
 
 NOBODY = "unix:///no/such/docker.sock"
 
@@ -16,6 +17,8 @@ NOBODY = "unix:///no/such/docker.sock"
     [
         ("backend", {"backend": "podman"}),
         ("network", {"network": "host"}),
+        ("cpu_shares", {"cpu_shares": 1}),
+        ("when_paused", {"when_paused": "kill"}),
         ("max_starts", {"max_starts": 0}),
         ("start_timeout_s", {"start_timeout_s": -1.0}),
         ("limits.memory_bytes", {"limits": SandboxLimits(memory_bytes=1)}),
@@ -29,6 +32,12 @@ NOBODY = "unix:///no/such/docker.sock"
 def test_a_bad_value_names_its_field(field: str, config: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=rf"sandbox\.{field}="):
         SandboxConfig(**config)
+
+
+def test_thread_pools_are_as_large_as_the_sandbox() -> None:
+    for cpus, num_threads in ((0.5, "1"), (1.0, "1"), (3.5, "3")):
+        variables = common_variables(SandboxLimits(cpus=cpus))
+        assert {variables[name] for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "GOMAXPROCS")} == {num_threads}
 
 
 def test_an_engine_that_is_not_there_does_not_answer() -> None:
