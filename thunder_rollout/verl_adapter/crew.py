@@ -88,11 +88,12 @@ class HubStages:
         if self._hub is not None:
             self._hub.count_failure(failure.kind)
         if isinstance(failure, SandboxFailed):
-            self._stage = None  # the hub may have died, and others have started another
+            self._stage = None  # the hosts may be gone, and others by now
 
     async def _set_up(self, image: str) -> Stage:
         settings = self._settings
-        self._hub = await asyncio.to_thread(RemoteHub, settings.sandbox)
+        if self._hub is None:
+            self._hub = await asyncio.to_thread(RemoteHub, settings.sandbox)
         fleet = await self._hub.fleet([image])
         hosts = RemoteSandboxHosts(fleet.handles)
         episodes = EpisodeSettings(

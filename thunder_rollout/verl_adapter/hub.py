@@ -198,17 +198,33 @@ class HubActor:
         return await self._hub.figures()
 
 
+class HubDied(SandboxFailed):
+    """The job's hub is gone, and every sandbox of the job with it."""
+
+
 class RemoteHub:
-    """The job's hub by its name, started if there is none. `config` is that of the hosts."""
+    """The job's hub by its name, started if there is none. `config` is that of the hosts. Keep it: to Ray the
+    actor is alive as long as whoever started it holds on to this very handle."""
 
     def __init__(self, config: SandboxConfig) -> None:
-        cls = ray.remote(num_cpus=0, max_concurrency=MAX_CONCURRENCY)(HubActor)
-        self._handle = cls.options(name=hub_name(), get_if_exists=True).remote(config)
+        self._config = config
+        self._handle = self._found_or_started()
 
     async def fleet(self, images: list[str]) -> Fleet:
-        """See `Hub.fleet`; a dead hub is `SandboxFailed`."""
-        fleet: Fleet = await remote_call(self._handle.fleet.remote(images), died=SandboxFailed, what="the sandbox hub")
+        """See `Hub.fleet`, of a new hub if the one that was is dead. Raises `HubDied` if that dies too."""
+        try:
+            return await self._fleet(images)
+        except HubDied:
+            self._handle = await asyncio.to_thread(self._found_or_started)
+            return await self._fleet(images)
+
+    async def _fleet(self, images: list[str]) -> Fleet:
+        fleet: Fleet = await remote_call(self._handle.fleet.remote(images), died=HubDied, what="the sandbox hub")
         return fleet
+
+    def _found_or_started(self) -> Any:
+        cls = ray.remote(num_cpus=0, max_concurrency=MAX_CONCURRENCY)(HubActor)
+        return cls.options(name=hub_name(), get_if_exists=True).remote(self._config)
 
     def expect(self, images: list[str]) -> None:
         """See `Hub.expect`. This and the others are hints: nobody waits for them."""

@@ -1,0 +1,132 @@
+"""The hub of a job on Ray, with real local sandboxes: shared by whoever asks, and replaced when it dies."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import pytest
+import ray
+
+from tests.unit.agent.conftest import byte_tokenizer
+from thunder_rollout.agent.chat import ChatFormat
+from thunder_rollout.agent.config import AgentConfig
+from thunder_rollout.agent.loop import AgentLoop, TurnResult, in_one_piece
+from thunder_rollout.engine.protocol import Generation, Sampling
+from thunder_rollout.errors import SandboxFailed
+from thunder_rollout.runtime.episode import Played
+from thunder_rollout.sandbox.protocol import SandboxSpec
+from thunder_rollout.tasks.toy import generate
+from thunder_rollout.verl_adapter.crew import HubStages, Stage
+from thunder_rollout.verl_adapter.hub import RemoteHub, find_hub
+from thunder_rollout.verl_adapter.settings import SweSettings, read_settings
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+TASK = generate(seed=0, count=1, difficulty="easy")[0]
+FIX = [f"```bash\ngit apply <<'EOF'\n{TASK.patch}EOF\n```", "```bash\nsubmit\n```"]
+
+
+class Scripted:
+    """A model that says one text after another."""
+
+    def __init__(self, chat: ChatFormat, texts: list[str]) -> None:
+        tokenizer = byte_tokenizer()
+        self._turns = iter([[*tokenizer.encode(text, add_special_tokens=False), chat.end_id] for text in texts])
+
+    async def turn(self, prompt_ids: list[int], sampling: Sampling) -> TurnResult:
+        ids = next(self._turns)
+        generation = Generation(
+            token_ids=ids, logprobs=[0.0] * len(ids), finish_reason="stop", prompt_tokens=len(prompt_ids),
+            cached_tokens=0, queue_s=0.0, prefill_s=0.0, decode_s=0.0,
+        )  # fmt: skip
+        return in_one_piece(generation, backend="e", queue_s=0.0, engine_s=0.0)
+
+    async def tool_started(self, tool: str) -> None: ...
+
+    async def tool_ended(self) -> None: ...
+
+
+@pytest.fixture
+def settings() -> SweSettings:
+    return read_settings({"sandbox": {"backend": "local"}})
+
+
+@pytest.fixture(autouse=True)
+async def one_hub() -> AsyncIterator[None]:
+    yield
+    if (hub := find_hub()) is not None:
+        ray.kill(hub)
+        await gone()
+
+
+async def gone() -> None:
+    async with asyncio.timeout(20):
+        while find_hub() is not None:  # noqa: ASYNC110  Ray tells nobody
+            await asyncio.sleep(0.05)
+
+
+async def play(stage: Stage, program: str) -> Played:
+    chat = ChatFormat(byte_tokenizer())
+    loop = AgentLoop(chat=chat, config=AgentConfig(), sampling=Sampling(max_tokens=1), max_model_len=50_000)
+
+    @contextlib.asynccontextmanager
+    async def open_model(spec: SandboxSpec) -> AsyncIterator[Scripted]:
+        try:
+            yield Scripted(chat, FIX)
+        finally:
+            await stage.hosts.release(program)
+
+    return await stage.player.play(program, TASK, loop, open_model)
+
+
+async def test_processes_share_one_hub_and_episodes_are_graded_on_its_hosts(settings: SweSettings) -> None:
+    first, second = HubStages(settings), HubStages(settings)
+    stages = await asyncio.gather(first.stage(TASK), second.stage(TASK))
+    played = await asyncio.gather(*(play(stage, f"p{place}") for place, stage in enumerate(stages)))
+    assert [episode.verdict.resolved for episode in played] == [True, True]
+    first.failed(SandboxFailed("a test said so"))
+    async with asyncio.timeout(20):
+        while not (figures := await find_hub().figures.remote())["thunder/failures/all"]:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)  # Ray keeps no order
+    assert (figures["thunder/failures/sandbox_failed"], figures["thunder/sandboxes"]) == (1.0, 0.0)
+
+
+async def test_a_hub_that_died_is_replaced_by_whoever_next_fails(settings: SweSettings) -> None:
+    stages = HubStages(settings)
+    stage = await stages.stage(TASK)
+    ray.kill(find_hub())
+    await gone()
+    with pytest.raises(SandboxFailed) as caught:
+        await play(stage, "before")
+    stages.failed(caught.value)
+    assert (await play(await stages.stage(TASK), "after")).verdict.resolved
+
+
+async def test_hosts_that_were_killed_are_started_again_for_the_next_attempt(settings: SweSettings) -> None:
+    stages = HubStages(settings)
+    stage = await stages.stage(TASK)
+    fleet = await find_hub().fleet.remote([])
+    for host in fleet.handles.hosts:
+        ray.kill(host)
+    with pytest.raises(SandboxFailed) as caught:
+        await play(stage, "before")
+    stages.failed(caught.value)
+    assert (await play(await stages.stage(TASK), "after")).verdict.resolved
+
+
+async def test_the_hub_tells_of_a_worker_that_was_killed(settings: SweSettings) -> None:
+    @ray.remote(num_cpus=0)
+    class Worker: ...
+
+    workers = {name: Worker.remote() for name in ("a", "b")}
+    started = RemoteHub(settings.sandbox)
+    started.watch(workers)
+    hub = find_hub()
+    assert await hub.lost_workers.remote() == []
+    ray.kill(workers["b"])
+    async with asyncio.timeout(30):
+        while not (lost := await hub.lost_workers.remote()):  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+    assert [why.partition(":")[0] for why in lost] == ["b"]
