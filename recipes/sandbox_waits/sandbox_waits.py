@@ -199,12 +199,21 @@ async def run(config: BenchConfig, mode: str, args: argparse.Namespace) -> Row:
 
 async def _play_all(config: BenchConfig, shell: Shells, record: Record, num_slots: int, setup_s: float) -> None:
     upcoming = itertools.count(num_slots)
+    unannounced = itertools.count(num_slots)
+
+    async def announce(num_programs: int) -> None:
+        """As the driver does: the scheduler knows so many programs that have no slot yet."""
+        for index in itertools.islice(unannounced, num_programs):
+            spec = sandbox_spec(f"program{index}", setup_s)
+            await shell.scheduler.announce(f"program{index}", task_kind="toy", sandbox=spec)
 
     async def slot(position: Position) -> None:
         while True:
             await _play(config, shell, record, position, setup_s)
             position = Position(next(upcoming), 0)
+            await announce(min(1, config.scheduler.prepare_ahead))
 
+    await announce(config.scheduler.prepare_ahead)
     async with asyncio.TaskGroup() as group:
         for position in random_positions(config.workload[WORKLOAD], seed=0, num_slots=num_slots):
             group.create_task(slot(position))
