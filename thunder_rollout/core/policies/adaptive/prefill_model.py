@@ -81,7 +81,7 @@ class PrefillModel:
         self.num_turns += 1
         self._num_unsolved += 1
         self.mean_turn_s += (service_s - self.mean_turn_s) / min(self.num_turns, 100)
-        if 2 * uncached_tokens <= prompt_tokens:  # the others tell of their prefill
+        if 2 * (uncached_tokens + loaded_tokens) <= prompt_tokens:  # the others tell of their prefill or load
             self._load_curve.add(beside=beside, tokens=max(1, output_tokens), duration_s=duration_s)
 
     def prefill_s(self, uncached_tokens: float, context_tokens: float) -> float:
