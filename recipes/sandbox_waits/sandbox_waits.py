@@ -192,6 +192,7 @@ async def run(config: BenchConfig, mode: str, args: argparse.Namespace) -> Row:
             await asyncio.gather(slots, return_exceptions=True)
         entries = read_trace(Path(scratch) / "trace.jsonl")
         if args.keep is not None:
+            args.keep.mkdir(parents=True, exist_ok=True)
             shutil.copy(Path(scratch) / "trace.jsonl", args.keep / f"{mode.replace(' ', '_')}.jsonl")
     began_s = next(now for now, event, _ in entries if isinstance(event, TurnRequested))
     return row_of(mode, waits_of(entries, began_s + warm_s), record, window_s=window_s)
