@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from dataclasses import replace
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from tests.support.recipes import load_recipe
 from thunder_rollout.engine.protocol import Generation
 
-SCRIPT = Path(__file__).parents[3] / "recipes" / "engine_failures" / "kill_engines.py"
 SAID = Generation(
     token_ids=[1, 2, 3],
     logprobs=[-1.0, -2.0, -1.5],
@@ -25,15 +22,9 @@ SAID = Generation(
 )
 
 
-@pytest.fixture
-def recipe(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("recipe_engine_failures", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(scope="module")
+def recipe() -> ModuleType:
+    return load_recipe("engine_failures", "kill_engines.py")
 
 
 def test_a_turn_is_whole_if_all_went_in_and_all_came_out(recipe: ModuleType) -> None:

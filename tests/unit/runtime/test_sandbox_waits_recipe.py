@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from tests.support.recipes import load_recipe
 from thunder_rollout.core.decisions import PrepareSandbox, Restore
 from thunder_rollout.core.events import SandboxReady, Tick
 
-SCRIPT = Path(__file__).parents[3] / "recipes" / "sandbox_waits" / "sandbox_waits.py"
 
-
-@pytest.fixture
-def recipe(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("recipe_sandbox_waits", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(scope="module")
+def recipe() -> ModuleType:
+    return load_recipe("sandbox_waits", "sandbox_waits.py")
 
 
 def trace(*times: tuple[float, float]):

@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+from tests.support.recipes import load_recipe
 from thunder_rollout.bench.intervals import Interval
 from thunder_rollout.errors import ConfigError
 from thunder_rollout.sim.live_fit import LiveCell
 
-RECIPES = Path(__file__).parents[3] / "recipes"
-
-
-def load(recipe: str, script: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"recipe_{recipe}", RECIPES / recipe / script)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
-
 
 @pytest.mark.slow
 def test_the_paper_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    reproduce = load("reproduce_paper", "reproduce.py", monkeypatch)
+    reproduce = load_recipe("reproduce_paper", "reproduce.py")
     small = ["warmup_lives=0.3", "measure_lives=0.4", "num_processes=1"]
     monkeypatch.setattr(sys, "argv", ["reproduce.py", "--quick", "--out", str(tmp_path), *small])
     reproduce.main()
@@ -49,8 +36,8 @@ def live(load: float, policy: str, *steps_per_min: float) -> LiveCell:
     return LiveCell("short_tools", load, policy, steps_per_min, 16, None)
 
 
-def test_a_simulator_that_is_off_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    validate = load("validate_simulator", "validate.py", monkeypatch)
+def test_a_simulator_that_is_off_is_told() -> None:
+    validate = load_recipe("validate_simulator", "validate.py")
     cells = [
         validate.Compared(live(4.0, "sticky", 100.0, 110.0, 105.0), 112.0),
         validate.Compared(live(4.0, "thunder", 200.0, 190.0, 210.0), 150.0),
@@ -68,7 +55,7 @@ def test_a_simulator_that_is_off_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.slow
 def test_the_bench_is_played_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    validate = load("validate_simulator", "validate.py", monkeypatch)
+    validate = load_recipe("validate_simulator", "validate.py")
     windows = {
         "workload": "short_tools", "load": 0.5, "model": "qwen2_3m", "steps_per_min": 1000.0, "num_programs": 16,
     }  # fmt: skip
@@ -96,7 +83,7 @@ def sim_row(
 
 
 def test_a_missed_target_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compare = load("compare_policies", "compare.py", monkeypatch)
+    compare = load_recipe("compare_policies", "compare.py")
     rows = [
         *(sim_row("adaptive", 1.0, seed, 100.0 + 10 * seed, 0.7 + 0.1 * seed) for seed in range(3)),
         *(sim_row("thunder", 1.0, seed, 100.0) for seed in range(3)),

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
+from tests.support.recipes import load_recipe
 from thunder_rollout.agent.chat import ChatFormat
 from thunder_rollout.agent.config import SYSTEM_PROMPT, AgentConfig
 from thunder_rollout.agent.loop import AgentLoop, TurnResult, in_one_piece
@@ -18,17 +16,6 @@ from thunder_rollout.sandbox.fake import FakeSandbox
 from thunder_rollout.sandbox.protocol import ExecResult
 from thunder_rollout.tasks.environment import sandbox_spec, started
 from thunder_rollout.tasks.toy.generator import to_task
-
-RECIPE = Path(__file__).parents[3] / "recipes" / "tiny_policy"
-
-
-def recipe_module(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"tiny_policy_{name}", RECIPE / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 @dataclass
@@ -63,7 +50,7 @@ def playback(outputs: Iterable[str]) -> Callable[[str], ExecResult]:
 
 
 async def test_a_transcript_is_the_episode_the_loop_would_record(tmp_path: Path) -> None:
-    transcripts, tokenizers = recipe_module("transcripts"), recipe_module("tokenizer")
+    transcripts, tokenizers = load_recipe("tiny_policy", "transcripts.py"), load_recipe("tiny_policy", "tokenizer.py")
     made = list(transcripts.transcripts("test", "easy", 12, mistake_share=0.5))
     texts = [text for transcript in made for text in transcripts.transcript_texts(transcript)]
     tokenizer = tokenizers.learn_tokenizer(texts, 600, [SYSTEM_PROMPT], tmp_path)
