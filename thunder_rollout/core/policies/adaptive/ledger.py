@@ -30,13 +30,13 @@ from thunder_rollout.core.policies.adaptive.accounts import BackendAccount, Prog
 from thunder_rollout.core.policies.adaptive.groups import Groups
 from thunder_rollout.core.policies.adaptive.growth import Growth
 from thunder_rollout.core.policies.adaptive.prefill_model import PrefillModel, ServiceClock
+from thunder_rollout.core.policies.adaptive.projection import Projection
 from thunder_rollout.core.policies.adaptive.return_times import ReturnTimes
 from thunder_rollout.core.policies.adaptive.tiers import TieredTree
 from thunder_rollout.core.policies.base import ProgramView
 from thunder_rollout.core.program import Phase, Status
 
 _CUT = (FinishReason.ABORT, FinishReason.ERROR)
-_POINTS = (0.0, *(2.0 ** (exponent / 2) for exponent in range(-20, -1)))  # growth, as shares of capacity
 _UNSIZED_BLOCKS = 2**40  # a pool's bound while no block size is known
 
 
@@ -53,6 +53,7 @@ class Ledger:
         self.no_room_for: dict[str, None] = {}  # waiting programs that no backend had room for when all were asked
         self.queue_changed = False  # since this was last cleared
         self.growth = Growth(prior_growth=config.prior_growth)
+        self._projection = Projection(self.growth, self.backends)
         self.return_times = ReturnTimes(
             decay_base=config.decay_base, decay_unit_s=config.decay_unit_s, prior_weight=config.prior_returns
         )
@@ -127,15 +128,14 @@ class Ledger:
         return self._absences.remaining_s(self.programs[program_id], self.now)
 
     def peak_tokens(self, program: ProgramView, backend: BackendAccount, added_tokens: float) -> float:
-        """The most that the backend is expected to need at once if the program joins: all grow at one
-        pace, and leave as programs of their kind did."""
-        kind, curve, points = self.programs[program.program_id].kind, backend.curve, backend.points
-        joining = self.growth.curve(kind, program.context_tokens, points)
-        shared = curve[0] - self.tree.unique_blocks(backend.name) * (self.block_size or 0) - backend.private_tokens
-        kept = min(1.0, max(0.0, 1.0 - shared / curve[0])) if curve[0] > 0 else 1.0
-        fresh = added_tokens / max(1, program.context_tokens)
-        fresh = min(1.0, fresh)
-        return max([kept * bound + fresh * tokens for bound, tokens in zip(curve, joining, strict=True)])
+        """See `Projection.peak_tokens`."""
+        return self._projection.peak_tokens(
+            self.programs[program.program_id],
+            program.context_tokens,
+            backend,
+            unique_tokens=self.tree.unique_blocks(backend.name) * (self.block_size or 0),
+            added=added_tokens,
+        )
 
     # Events
 
@@ -176,7 +176,7 @@ class Ledger:
         hashed = self.tree.num_blocks(program.program_id) * (self.block_size or 0)
         account.context_tokens = program.context_tokens
         self.growth.reach(account.kind, program.context_tokens)
-        self._charge_curve(account, None if program.marked else program.backend)
+        self._projection.follow(account, None if program.marked else program.backend)
         account.private_tokens = max(0, program.context_tokens - hashed)
         account.num_in_flight = program.num_in_flight
         account.reserve_tokens = sum(
@@ -286,25 +286,6 @@ class Ledger:
             backend.reserve_tokens = 0.0
         self.touched[backend.name] = None
 
-    def _charge_curve(self, account: ProgramAccount, name: str | None) -> None:
-        """Its growth counts on the backend `name`, as its context has it now."""
-        if (name, account.context_tokens) == (account.curve_backend, account.curve_tokens):
-            return
-        if account.curve_backend is not None:
-            self._add_curve(self.backends[account.curve_backend], account.curve, -1)
-        account.curve_backend, account.curve_tokens, account.curve = name, account.context_tokens, []
-        if name is not None:
-            backend = self.backends[name]
-            account.curve = self.growth.curve(account.kind, account.context_tokens, backend.points)
-            self._add_curve(backend, account.curve, 1)
-
-    def _add_curve(self, backend: BackendAccount, curve: list[float], sign: int) -> None:
-        backend.num_curves += sign
-        if backend.num_curves:
-            backend.curve = [total + sign * tokens for total, tokens in zip(backend.curve, curve, strict=True)]
-        else:  # and nothing that rounding left
-            backend.curve = [0.0] * len(backend.points)
-
     def _end_run(self, program_id: str, grant: int, run: Run) -> None:
         self._ended[grant] = run
         backend = self.backends[run.backend]
@@ -315,7 +296,7 @@ class Ledger:
         self.touched[run.backend] = None
 
     def _forget(self, program_id: str, account: ProgramAccount) -> None:
-        self._charge_curve(account, None)
+        self._projection.follow(account, None)
         if account.acting_since_s is not None:
             self._absences.ended(account, self.now, returned=False)
         if program_id in self.tree:
@@ -395,8 +376,7 @@ class Ledger:
 
     def _size_pool(self, account: BackendAccount) -> None:
         if not account.num_bound:
-            account.points = tuple(share * account.capacity_tokens for share in _POINTS)
-            account.curve = [0.0] * len(_POINTS)
+            self._projection.size(account)
         max_blocks = account.capacity_tokens // self.block_size if self.block_size else _UNSIZED_BLOCKS
         self.tree.add_backend(account.name, max_blocks, releases=account.releases)
         self.tree.set_tier(account.name, account.offload_tokens // (self.block_size or 1))

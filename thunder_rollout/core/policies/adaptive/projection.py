@@ -1,0 +1,63 @@
+"""What a backend is expected to hold as its programs grow and end, at some steps of growth ahead: the sum of
+its programs' own curves (`growth`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from thunder_rollout.core.policies.adaptive.accounts import BackendAccount, ProgramAccount
+from thunder_rollout.core.policies.adaptive.growth import Growth
+
+_POINTS = (0.0, *(2.0 ** (exponent / 2) for exponent in range(-20, -1)))  # growth, as shares of capacity
+
+
+class Projection:
+    """Keeps `BackendAccount.curve` of `backends`."""
+
+    def __init__(self, growth: Growth, backends: Mapping[str, BackendAccount]) -> None:
+        self._growth = growth
+        self._backends = backends
+
+    def size(self, backend: BackendAccount) -> None:
+        """Its capacity is known, or another one; for a backend without programs."""
+        backend.points = tuple(share * backend.capacity_tokens for share in _POINTS)
+        backend.curve = [0.0] * len(_POINTS)
+
+    def follow(self, program: ProgramAccount, backend: str | None) -> None:
+        """The program's growth counts there, and nowhere else, as its context has it now."""
+        if (backend, program.context_tokens) == (program.curve_backend, program.curve_tokens):
+            return
+        if program.curve_backend is not None:
+            _add(self._backends[program.curve_backend], program.curve, -1)
+        program.curve_backend, program.curve_tokens, program.curve = backend, program.context_tokens, []
+        if backend is not None:
+            account = self._backends[backend]
+            program.curve = self._growth.curve(program.kind, program.context_tokens, account.points)
+            _add(account, program.curve, 1)
+
+    def peak_tokens(
+        self,
+        program: ProgramAccount,
+        context_tokens: int,
+        backend: BackendAccount,
+        *,
+        unique_tokens: float,
+        added: float,
+    ) -> float:
+        """The most that the backend is expected to need at once if the program joins: all grow at one pace, and
+        leave as programs of their kind did. What programs share counts once: `unique_tokens` of blocks are there
+        now, the program brings `added` tokens of its context."""
+        curve = backend.curve
+        joining = self._growth.curve(program.kind, context_tokens, backend.points)
+        shared = curve[0] - unique_tokens - backend.private_tokens
+        kept = min(1.0, max(0.0, 1.0 - shared / curve[0])) if curve[0] > 0 else 1.0
+        fresh = min(1.0, added / max(1, context_tokens))
+        return max([kept * bound + fresh * tokens for bound, tokens in zip(curve, joining, strict=True)])
+
+
+def _add(backend: BackendAccount, curve: list[float], sign: int) -> None:
+    backend.num_curves += sign
+    if backend.num_curves:
+        backend.curve = [total + sign * tokens for total, tokens in zip(backend.curve, curve, strict=True)]
+    else:  # and nothing that rounding left
+        backend.curve = [0.0] * len(backend.points)
