@@ -9,7 +9,7 @@ from thunder_rollout.observe.metrics import MetricsSnapshot
 
 @dataclass(slots=True)
 class RouterMetrics:
-    """Since it was last told (`take`); validation traffic does not count."""
+    """From its making on; validation traffic does not count."""
 
     num_turns: int = 0
     num_cut: int = 0  # turns aborted by an update or a rebalancing
@@ -24,8 +24,8 @@ class RouterMetrics:
         self.queue_s += queue_s
         self.max_queue_s = max(self.max_queue_s, queue_s)
 
-    def take(self, snapshot: MetricsSnapshot) -> dict[str, float]:
-        """Counts and seconds since the last call; `num_pauses` and `imbalance` since the start; the rest as
+    def figures(self, snapshot: MetricsSnapshot) -> dict[str, float]:
+        """Counts and seconds from its making on; `num_pauses` and `imbalance` since the start; the rest as
         it is now, in shares of all KV memory where it is memory."""
         scheduler = snapshot.scheduler
         capacity = sum(backend.capacity_tokens for backend in scheduler.backends) or 1
@@ -44,5 +44,4 @@ class RouterMetrics:
             "demand_share": sum(backend.demand_tokens for backend in scheduler.backends) / capacity,
             "waiting_share": scheduler.waiting_tokens / capacity,
         }
-        self.__init__()  # type: ignore[misc]
         return {f"thunder/router/{name}": float(value) for name, value in figures.items()}

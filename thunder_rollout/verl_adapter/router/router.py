@@ -148,8 +148,9 @@ class Router:
         return {"cleared_entries": bound, "server_loads": self.status()["servers"]}
 
     def metrics(self) -> dict[str, float]:
-        """See `RouterMetrics.take`."""
-        return self._metrics.take(self._service.metrics())
+        """Of the time since the last call; see `RouterMetrics.figures`."""
+        metrics, self._metrics = self._metrics, RouterMetrics()
+        return metrics.figures(self._service.metrics())
 
     async def stop(self) -> None:
         await self._service.stop()
