@@ -16,9 +16,15 @@ from verl.utils.import_utils import load_class_from_fqn
 
 from thunder_rollout.verl_adapter.manager import Manager, loop_settings
 from thunder_rollout.verl_adapter.sampler import AsyncSampler, Sampler
+from thunder_rollout.verl_adapter.versions import TESTED_VERSIONS
 
 RECIPE = Path(__file__).parents[2] / "recipes/verl_swe_gpu"
 NODES_OF_8 = {"sync": 1, "separate_async": 2}
+
+
+def test_it_names_the_verl_that_is_tested() -> None:
+    named = (RECIPE / "REQUIRED_VERL.txt").read_text().split()
+    assert f"verl[vllm]=={TESTED_VERSIONS[-1]}" in named
 
 
 def arguments(mode: str, *more: str) -> list[str]:
