@@ -28,15 +28,17 @@ common=$(cd "$(git rev-parse --git-common-dir)" && pwd -P)
 new=$(mktemp -d "$top/.git-scrubbed.XXXXXX")
 trap 'rm -rf "$new"' EXIT
 git init -q --bare --template= "$new"
-git --git-dir="$new" config core.bare false
+config=$(<"$new/config")
+echo "${config/bare = true/bare = false}" > "$new/config"
+echo 'ref: refs/heads/main' > "$new/HEAD"
 git for-each-ref --merged="$base" --format='%(refname) %(objectname)' refs/tags > "$new/tags"
-{ echo "$base"; cut -d' ' -f2 "$new/tags"; } | git rev-list --objects --no-object-names --stdin | sort -u > "$new/keep"
+{ echo "$base"; while read -r _ object; do echo "$object"; done < "$new/tags"; } \\
+    | git rev-list --objects --no-object-names --stdin | sort -u > "$new/keep"
 git cat-file --batch-all-objects --batch-check='%(objectname)' | sort -u > "$new/all"
 [ ! -f "$common/shallow" ] || cp "$common/shallow" "$new/shallow"
 if [ ! -f "$common/objects/info/alternates" ] && cmp -s "$new/keep" "$new/all"; then
-    rm -rf "$new/objects"
+    rm -rf "$new/objects" "$common/objects/info"
     mv "$common/objects" "$new/objects"
-    rm -rf "$new/objects/info"
 else
     [ -d "$new/objects/pack" ] || mkdir "$new/objects/pack"
     git pack-objects -q --threads=1 --window=0 --delta-base-offset "$new/objects/pack/pack" < "$new/keep" >/dev/null
@@ -48,17 +50,15 @@ mkdir -p "$new/objects/info"
 [ ! -d "$common/modules" ] || mv "$common/modules" "$new/modules"
 rm -rf "$own" "$common" "$top/.git" "$new/all" "$new/keep"
 mv "$new" "$top/.git"
-while read -r name object; do git update-ref "$name" "$object"; done < .git/tags
-rm .git/tags
-git symbolic-ref HEAD refs/heads/main
-git update-ref refs/heads/main "$base"
+trap - EXIT
+{ echo "refs/heads/main $base"; cat .git/tags; } | while read -r ref; do echo "create $ref"; done \\
+    | git update-ref --stdin
 git read-tree "$base"
 git add -A . 2>/dev/null
-tree=$(git write-tree)
-if [ "$tree" != "$(git rev-parse "$base^{tree}")" ]; then
+if ! git diff-index --cached --quiet "$base" --; then
     export GIT_AUTHOR_NAME=image GIT_AUTHOR_EMAIL=image@localhost GIT_AUTHOR_DATE="$(git log -1 --format=%cI "$base")"
     export GIT_COMMITTER_NAME=image GIT_COMMITTER_EMAIL=image@localhost GIT_COMMITTER_DATE="$GIT_AUTHOR_DATE"
-    git update-ref refs/heads/main "$(git commit-tree "$tree" -p "$base" -m "What the image changed")"
+    git update-ref refs/heads/main "$(git commit-tree "$(git write-tree)" -p "$base" -m "What the image changed")"
 fi
-rm -rf .git/logs
+rm -rf .git/logs .git/tags
 """

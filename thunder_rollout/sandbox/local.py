@@ -30,7 +30,7 @@ from collections.abc import Callable
 from thunder_rollout.errors import SandboxFailed
 from thunder_rollout.sandbox import cgroups
 from thunder_rollout.sandbox.channel import CHANNEL_SCRIPT, Channel
-from thunder_rollout.sandbox.namespaces import exec_argv, inner_env, missing_tools, start_argv
+from thunder_rollout.sandbox.namespaces import exec_argv, inner_env, missing_tools, open_skeleton, start_argv
 from thunder_rollout.sandbox.protocol import SandboxSpec
 from thunder_rollout.sandbox.shell import ShellSandbox
 
@@ -61,9 +61,11 @@ class LocalSandbox(ShellSandbox):
         self._cgroup = cgroups.create(run, f"{cgroups.safe_name(session).replace('-', '_')}-{self._name}", limits)
         reader, self._control = os.pipe()
         os.set_blocking(self._control, False)
+        skeleton = open_skeleton()
         try:
             self._process = await asyncio.create_subprocess_exec(
-                *start_argv(limits, procs_files=self._procs_files(), marker=_marker(run, session)),
+                *start_argv(limits, skeleton=skeleton, procs_files=self._procs_files(), marker=_marker(run, session)),
+                pass_fds=[skeleton],
                 stdin=reader,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -73,6 +75,7 @@ class LocalSandbox(ShellSandbox):
             )
         finally:
             os.close(reader)
+            os.close(skeleton)
         assert self._process.stdout is not None and self._process.stderr is not None
         ready = await self._process.stdout.readline()
         if not ready.startswith(b"ready "):

@@ -11,10 +11,12 @@ user himself. Either way nothing inside has power over anything outside.
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import shutil
 import sys
+import tarfile
 from pathlib import Path
 from shlex import quote
 
@@ -35,6 +37,8 @@ _PROGRAMS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 _ETC = ("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "alternatives", "mime.types", "localtime")
 _DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 _FOLDERS = ("dev/shm", "etc", "home", "proc", "root", "run", "testbed", "tmp", "var/tmp", SCRATCH.lstrip("/"))
+_TABLE = f"{SCRATCH}/mounts"
+_SHARED_FOLDERS = ("tmp", "var/tmp", "dev/shm")
 _TEXTS = {
     "etc/passwd": "root:x:0:0:root:/root:/bin/bash\nnobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n",
     "etc/group": "root:x:0:\nnogroup:x:65534:\n",
@@ -64,15 +68,23 @@ _BASH = ("bash", "--norc", "-c")
 _PLACE = 'IFS=:; for procs in $1; do echo $$ > "$procs"; done; shift; exec "$@"'
 
 
-def start_argv(limits: SandboxLimits, *, procs_files: list[str], marker: str) -> list[str]:
+def open_skeleton() -> int:
+    """What a new root holds before anything is mounted, as a tar archive in memory; a file descriptor to close."""
+    descriptor = os.memfd_create("thunder-skeleton")
+    os.write(descriptor, _skeleton(_owner()))
+    return descriptor
+
+
+def start_argv(limits: SandboxLimits, *, skeleton: int, procs_files: list[str], marker: str) -> list[str]:
     """The command that becomes a sandbox. It prints "ready <host pid of PID 1>", then reads
-    `INIT_SCRIPT`'s commands from stdin. `marker` stands in the command lines, for the reaper."""
+    `INIT_SCRIPT`'s commands from stdin. It inherits `skeleton` (see `open_skeleton`) under the same number;
+    `marker` stands in the command lines, for the reaper."""
     root = os.geteuid() == 0
     unshare = ["unshare", *_NAMESPACES, "--fork", "--kill-child"]
     enter = [*unshare, "--", *_BASH, _enter_script(marker, math.ceil(limits.ttl_s)), marker]
     if root:
         enter = [*_BECOME_SANDBOX_USER, "unshare", "--user", "--map-root-user", *enter[1:]]
-    build = f"{_build_script(limits)}\nexec {' '.join(quote(part) for part in enter)}\n"
+    build = f"{_build_script(limits, skeleton)}\nexec {' '.join(quote(part) for part in enter)}\n"
     outer = ["unshare", "--mount", "--propagation=private"]
     if not root:
         outer += ["--user", "--map-root-user"]
@@ -103,31 +115,75 @@ def _placed(procs_files: list[str], argv: list[str]) -> list[str]:
     return [*_BASH, _PLACE, "thunder-place", ":".join(procs_files), *argv] if procs_files else argv
 
 
-def _build_script(limits: SandboxLimits) -> str:
-    owner = SANDBOX_UID if os.geteuid() == 0 else 0
+def _build_script(limits: SandboxLimits, skeleton: int) -> str:
     disk_bytes = min(limits.disk_bytes, limits.memory_bytes // 2)
-    programs = [Path(path) for path in _PROGRAMS if os.path.isdir(path) and not os.path.islink(path)]
+    return f"""
+set -eu
+mount -t tmpfs -o size={disk_bytes},nr_inodes={max(4096, disk_bytes // 4096)},mode=755 thunder {_STAGE}
+tar -x -p --numeric-owner -f /proc/self/fd/{skeleton} -C {_STAGE}
+exec {skeleton}<&-
+mount --all --fstab {_STAGE}{_TABLE}
+cd {_STAGE}
+"""
+
+
+def _skeleton(owner: int) -> bytes:
+    """The folders, files and links of a new root, with the table of its mounts; `owner` is the sandbox's root."""
+    binds = _binds()
     links = {path.lstrip("/"): os.readlink(path) for path in _PROGRAMS if os.path.islink(path)} | _LINKS
-    etc = [Path("/etc", name) for name in _ETC if Path("/etc", name).exists()]
-    binds = [*programs, *_interpreter_folders(), *etc]
     folders = [*_FOLDERS, *(str(path).lstrip("/") for path in binds if path.is_dir())]
     files = [str(path).lstrip("/") for path in binds if not path.is_dir()] + [f"dev/{name}" for name in _DEVICES]
+    target = io.BytesIO()
+    with tarfile.open(fileobj=target, mode="w", format=tarfile.GNU_FORMAT) as archive:
+
+        def add(name: str, kind: bytes, mode: int, *, text: str = "", link: str = "") -> None:
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.mode, entry.uid, entry.gid, entry.linkname = kind, mode, owner, owner, link
+            entry.size = len(text.encode())
+            archive.addfile(entry, io.BytesIO(text.encode()))
+
+        parents = [
+            str(parent) for name in (*folders, *files, *_TEXTS, *links) for parent in reversed(Path(name).parents)
+        ]
+        for name in dict.fromkeys([*parents, *folders]):
+            add(name, tarfile.DIRTYPE, 0o1777 if name in _SHARED_FOLDERS else 0o755)
+        for name in files:
+            add(name, tarfile.REGTYPE, 0o644)
+        for name, text in (_TEXTS | {_TABLE.lstrip("/"): _mount_table(owner)}).items():
+            add(name, tarfile.REGTYPE, 0o644, text=text)
+        for name, link in links.items():
+            add(name, tarfile.SYMTYPE, 0o777, link=link)
+    return target.getvalue()
+
+
+def _mount_table(owner: int) -> str:
+    """What is mounted over the skeleton, as fstab(5) has it; the scratch folder goes over the table itself."""
+    binds = _binds()
+    scratch = f"size={SCRATCH_BYTES},mode=700,uid={owner},gid={owner}"
     lines = [
-        "set -eu",
-        f"mount -t tmpfs -o size={disk_bytes},nr_inodes={max(4096, disk_bytes // 4096)},mode=755 thunder {_STAGE}",
-        f"cd {_STAGE}",
-        f"mkdir -p {_quoted(folders)}",
-        f"touch {_quoted(files)}",
-        *(f"printf %s {quote(text)} > {name}" for name, text in _TEXTS.items()),
-        *(f"ln -s {quote(target)} {quote(name)}" for name, target in links.items()),
-        f"chown -hR {owner}:{owner} .",
-        "chmod 1777 tmp var/tmp dev/shm",
-        f"mount -t tmpfs -o size={SCRATCH_BYTES},mode=700,uid={owner},gid={owner} thunder .{SCRATCH}",
-        *(_bind_line(path) for path in binds),
-        *(f"mount -t tmpfs -o ro,size=4k,mode=555 thunder {quote('.' + str(path))}" for path in _hidden_folders(binds)),
-        *(f"mount --bind /dev/{name} dev/{name}" for name in _DEVICES),
+        ("thunder", SCRATCH, "tmpfs", scratch),
+        *((str(path), str(path), "none", _bind_options(path)) for path in binds),
+        *(("thunder", str(path), "tmpfs", "ro,size=4k,mode=555") for path in _hidden_folders(binds)),
+        *((f"/dev/{name}", f"/dev/{name}", "none", "bind") for name in _DEVICES),
     ]
-    return "\n".join(lines)
+    return "".join(
+        f"{_in_table(source)} {_in_table(_STAGE + target)} {kind} {options} 0 0\n"
+        for source, target, kind, options in lines
+    )
+
+
+def _in_table(text: str) -> str:
+    return "".join(f"\\{ord(character):03o}" if character in " \t\n\\#" else character for character in text)
+
+
+def _owner() -> int:
+    return SANDBOX_UID if os.geteuid() == 0 else 0
+
+
+def _binds() -> list[Path]:
+    """What of the host is seen, outermost first."""
+    programs = [Path(path) for path in _PROGRAMS if os.path.isdir(path) and not os.path.islink(path)]
+    return [*programs, *_interpreter_folders(), *(path for name in _ETC if (path := Path("/etc", name)).exists())]
 
 
 def _enter_script(marker: str, ttl_s: int) -> str:
@@ -163,11 +219,7 @@ def _hidden_folders(binds: list[Path]) -> list[Path]:
     return [_OWN_PACKAGE] if any(_OWN_PACKAGE.is_relative_to(path) for path in binds) else []
 
 
-def _bind_line(path: Path) -> str:
+def _bind_options(path: Path) -> str:
     # A remount in a user namespace must repeat the flags that the host has locked.
     noexec = ",noexec" if os.statvfs(path).f_flag & os.ST_NOEXEC else ""
-    return f"mount -o bind,ro,nosuid,nodev{noexec} {quote(str(path))} {quote('.' + str(path))}"
-
-
-def _quoted(names: list[str]) -> str:
-    return " ".join(quote(name) for name in names)
+    return f"bind,ro,nosuid,nodev{noexec}"

@@ -19,7 +19,7 @@ SETUP = (
     " && find . -type f -exec chmod 644 {{}} +"
     " && git init -q -b main --template= --object-format=sha1 ."
     " && git -c core.autocrlf=false add -A"
-    ' && git -c user.name="Toy Author" -c user.email=toy@example.org -c commit.gpgsign=false'
+    ' && git -c user.name="Toy Author" -c user.email=toy@example.org -c commit.gpgsign=false -c maintenance.auto=false'
     f' commit -q --no-verify -m "{_MESSAGE}"'
 )
 
