@@ -137,10 +137,15 @@ def create_sandbox_host(
     `owner_pid`, which must be on that node, does, or the actor itself; without one, when heartbeats
     stop."""
     node = NodeAffinitySchedulingStrategy(node_id or ray.get_runtime_context().get_node_id(), soft=False)
-    cls = ray.remote(num_cpus=0, max_concurrency=MAX_CONCURRENCY, scheduling_strategy=node, max_restarts=-1)(
-        SandboxHostActor
-    )
-    return cls.remote(config, run, owner_pid)
+    options: dict[str, Any] = {
+        "num_cpus": 0,
+        "max_concurrency": MAX_CONCURRENCY,
+        "scheduling_strategy": node,
+        "max_restarts": -1,
+        # uvloop forks, which copies the page tables of a whole Ray worker for each process; asyncio vforks.
+        "runtime_env": {"env_vars": {"RAY_USE_UVLOOP": "0"}},
+    }
+    return ray.remote(SandboxHostActor).options(**options).remote(config, run, owner_pid)
 
 
 def create_sandbox_fleet(config: SandboxConfig, *, run: str, owner_pid: int) -> FleetHandles:

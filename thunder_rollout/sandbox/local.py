@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 _MARKER = "thunder-sandbox:"
 _CHUNK_BYTES = 65_536
 _FREEZE_PATIENCE_S = 5.0
+_RESUME_EVERY_S = 0.1
 _PF_EXITING = 0x4  # linux/sched.h, the flags of /proc/<pid>/stat
 _REMEDY = (
     "allow unprivileged user namespaces (sysctl kernel.unprivileged_userns_clone=1, user.max_user_namespaces>0, "
@@ -54,6 +55,7 @@ class LocalSandbox(ShellSandbox):
         self._process: asyncio.subprocess.Process | None = None
         self._init_pid = 0
         self._control = -1  # the write end of PID 1's stdin
+        self._entered: list[_Bash] = []  # all channels whose `nsenter` may still be there
 
     async def _boot(self) -> None:
         run, session = self.spec.labels.get("run", "none"), self.spec.labels.get("session", "none")
@@ -102,7 +104,9 @@ class LocalSandbox(ShellSandbox):
             raise
         finally:
             os.close(writer)
-        return _Bash(process, reader)
+        self._entered = [bash for bash in self._entered if bash.process.returncode is None]
+        self._entered.append(bash := _Bash(process, reader))
+        return bash
 
     async def _code_of(self, channel: Channel) -> int:
         assert isinstance(channel, _Bash)
@@ -115,8 +119,13 @@ class LocalSandbox(ShellSandbox):
         if self._control >= 0:
             with contextlib.suppress(BrokenPipeError, BlockingIOError):
                 os.write(self._control, b"kill\n")
-        if isinstance(self._channel, _Bash):
-            self._channel.kill()
+        self._resume()
+
+    def _resume(self) -> None:
+        """`nsenter` stays outside, stops when its bash is stopped, and must reap it: PID 1 waits for that, and
+        the host's init, which would inherit it, may take its time."""
+        for bash in self._entered:
+            bash.resume()
 
     async def _require_alive(self) -> None:
         self._require_init()
@@ -179,10 +188,12 @@ class LocalSandbox(ShellSandbox):
             self._kill_init()
             if self._cgroup is not None:
                 self._cgroup.thaw()
-            await self._process.wait()
-        if isinstance(self._channel, _Bash):
-            self._channel.kill()
-            await self._channel.process.wait()
+            while self._process.returncode is None:
+                self._resume()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._process.wait(), _RESUME_EVERY_S)
+        for bash in self._entered:
+            await bash.process.wait()
         if self._cgroup is not None:
             await _until(self._cgroup.remove)
 
@@ -278,11 +289,10 @@ class _Bash:
                 finally:
                     loop.remove_reader(self._reader)
 
-    def kill(self) -> None:
-        """End `nsenter`, which stays outside, and stops when the bash is stopped."""
-        if self._pidfd >= 0:  # `process.kill` may reap it, unseen by asyncio
+    def resume(self) -> None:
+        if self.process.returncode is None and self._pidfd >= 0:
             with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+                signal.pidfd_send_signal(self._pidfd, signal.SIGCONT)
 
     def close(self) -> None:
         assert self.process.stdin is not None
@@ -290,9 +300,10 @@ class _Bash:
         if self._reader >= 0:
             os.close(self._reader)
             self._reader = -1
+
+    def __del__(self) -> None:
         if self._pidfd >= 0:
             os.close(self._pidfd)
-            self._pidfd = -1
 
 
 async def _until(done: Callable[[], bool], every_s: float = 0.005) -> None:

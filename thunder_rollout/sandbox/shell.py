@@ -57,7 +57,10 @@ exec bash --norc -c "$2"
 
 _MISSING = 44
 _READ_SCRIPT = f'[ -f "$1" ] || exit {_MISSING}; exec cat -- "$1"'
-_WRITE_SCRIPT = 'mkdir -p -- "$(dirname -- "$1")" && head -c "$2" > "$1"'
+_FOLDER_SCRIPT = 'folder=${1%/*}/; { [ -d "$folder" ] || mkdir -p -- "$folder"; }'
+_WRITE_SCRIPT = f'{_FOLDER_SCRIPT} && head -c "$2" > "$1"'
+_WRITE_SHORT_SCRIPT = f'{_FOLDER_SCRIPT} && printf %s "$2" > "$1"'
+_SHORT_BYTES = 4096  # of a text that goes as an argument, which bash reads byte by byte; stdin costs a channel
 _UNPACK_SCRIPT = 'head -c "$1" | tar -x -f - -C / --no-same-owner --keep-directory-symlink'
 _WORKDIR_SCRIPT = 'cd -- "$1" && { git rev-parse -q --verify HEAD 2>/dev/null || true; }'
 
@@ -175,7 +178,11 @@ class ShellSandbox(CommandRunner):
     async def write_file(self, path: str, content: bytes) -> None:
         async with self._lock:
             await self._wake()
-            await self._internal(_WRITE_SCRIPT, path, str(len(content)), stdin=content, what=f"write {path!r}")
+            what = f"write {path!r}"
+            if (text := _short_text(content)) is not None:
+                await self._internal(_WRITE_SHORT_SCRIPT, path, text, what=what)
+            else:
+                await self._internal(_WRITE_SCRIPT, path, str(len(content)), stdin=content, what=what)
 
     async def diff(self, base_commit: str) -> bytes:
         """See `Sandbox.diff`; "HEAD" means the HEAD the sandbox started with. b"" also if the
@@ -338,6 +345,15 @@ def _unrunnable(command: str) -> str:
     if size_bytes > MAX_COMMAND_BYTES:
         return f"bash: the command is too long ({size_bytes} bytes, at most {MAX_COMMAND_BYTES})"
     return ""
+
+
+def _short_text(content: bytes) -> str | None:
+    if len(content) > _SHORT_BYTES or b"\0" in content:
+        return None
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def _quote(text: str) -> str:

@@ -22,9 +22,11 @@ from thunder_rollout.tasks.toy.templates import ONE_LINE, SHORT_LOOPS, Bug, Func
 
 TOY_IMAGE = "thunder-toy:1"  # the Docker image with python, pytest and git that sandbox.images makes
 WORKDIR = "/testbed"
-# Neither the repository's pytest configuration and plugins nor installed plugins take part.
+# Neither the repository's pytest configuration and plugins nor installed plugins take part, nor pytest's own
+# that collects garbage five times at the end, a tenth of such a run.
 TEST_COMMAND = (
     "PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 python -m pytest -q -c /dev/null --rootdir=. --noconftest -p no:cacheprovider"
+    " -p no:unraisableexception"
 )
 _MAX_EXAMPLE_DRAWS = 24
 
