@@ -106,7 +106,7 @@ class EngineFleet:
         """Let an engine leave, and none join in its place. Raises `ConfigError` for an unknown one."""
         member = self._members.pop(name, None)
         if member is None:
-            raise ConfigError(f"no engine {name!r} is up; there are: {', '.join(self._members) or 'none'}")
+            raise ConfigError(f"no engine {name!r} is up; there are: {', '.join(sorted(self._members)) or 'none'}")
         self._max_engines -= 1
         if member.watching is not None:
             member.watching.cancel()

@@ -37,7 +37,7 @@ def least_pulled_bytes(uses: Sequence[Image], budget_bytes: int) -> float:
 
 def _shrink(kept_bytes: dict[str, float], due: dict[str, float], in_use: set[str], budget_bytes: int) -> None:
     excess = sum(kept_bytes.values()) - budget_bytes
-    for key in sorted(kept_bytes.keys() - in_use, key=lambda k: -due[k]):
+    for key in sorted(kept_bytes.keys() - in_use, key=lambda k: (-due[k], k)):
         if excess <= 0:
             return
         cut = min(excess, kept_bytes[key])
