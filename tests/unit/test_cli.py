@@ -1,6 +1,7 @@
 """Bad input at the command line: the field and the remedy, exit code 2, no traceback, nothing started."""
 
 import json
+import logging
 import sys
 
 import pytest
@@ -18,8 +19,10 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def refused(capfd, monkeypatch, tmp_path):
-    """Run a command that must be refused; returns what it said."""
+    """Run a command that must be refused; returns what it said. Hydra gives the root logger the captured stderr."""
     monkeypatch.chdir(tmp_path)
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
 
     def run(*args: str) -> str:
         monkeypatch.setattr(sys, "argv", ["thunder-rollout", *args])
@@ -30,7 +33,9 @@ def refused(capfd, monkeypatch, tmp_path):
         assert "Traceback" not in said.err + said.out
         return said.err + said.out
 
-    return run
+    yield run
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 def write_tasks(path, **changes) -> str:
