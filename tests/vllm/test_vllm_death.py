@@ -8,7 +8,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import pytest
 from tests.support.engine_contract import CONFIG, new_prompt, run
 from thunder_rollout.engine.host import EngineHost
 from thunder_rollout.engine.random_model import write_preset
+from thunder_rollout.engine.scratch import PREFIX, Scratch
 from thunder_rollout.engine.vllm import VllmEngine
 from thunder_rollout.errors import EngineDied
 
@@ -39,9 +42,17 @@ def engine_processes() -> set[int]:
     return found
 
 
-def test_no_process_outlives_its_killed_owner(model: Path) -> None:
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """A temporary folder for an engine, of a path that is short enough for sockets."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def test_no_process_outlives_its_killed_owner_and_no_file_the_next_start(model: Path, temporary: Path) -> None:
     command = [sys.executable, "-m", "tests.support.engine_owner", str(model)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as owner:
+    environment = os.environ | {"TMPDIR": str(temporary)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as owner:
         assert owner.stdout is not None
         pids: list[int] = []
         for line in owner.stdout:
@@ -54,6 +65,9 @@ def test_no_process_outlives_its_killed_owner(model: Path) -> None:
     while alive := [pid for pid in pids if psutil.pid_exists(pid)]:
         assert time.monotonic() < deadline, f"still there: {alive}"
         time.sleep(0.2)
+    assert [path.name.startswith(PREFIX) for path in temporary.iterdir()] == [True], list(temporary.iterdir())
+    Scratch(temporary).close()
+    assert not list(temporary.iterdir())
 
 
 async def test_a_dead_engine_core_is_an_engine_died(model: Path) -> None:
@@ -85,6 +99,7 @@ async def test_a_worker_process_that_is_killed_blames_no_turn(model: Path) -> No
         await asyncio.sleep(0.5)
         (core,) = engine._engine.engine_core.resources.engine_manager.processes
         (worker,) = psutil.Process(core.pid).children()
+        assert list(engine._scratch.path.glob("vllm_dist_*"))
         worker.kill()
         async with asyncio.timeout(30):
             failures = await asyncio.gather(*turns, return_exceptions=True)
@@ -92,6 +107,7 @@ async def test_a_worker_process_that_is_killed_blames_no_turn(model: Path) -> No
     finally:
         await host.stop()
     assert not engine_processes() - before
+    assert not engine._scratch.path.exists()
 
 
 async def test_a_cancelled_start_leaves_nothing(model: Path) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -139,13 +138,11 @@ class ResidentBlocks:
 
 
 class KvEvents:
-    """One engine's events; `endpoint` and `replay_endpoint` are for vLLM's `KVEventsConfig`, in a folder
-    of their own that `close` removes."""
+    """One engine's events; `endpoint` and `replay_endpoint` are for vLLM's `KVEventsConfig`, in `folder`."""
 
-    def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="thunder-kv-")
-        self.endpoint = f"ipc://{Path(self._folder.name) / 'events'}"
-        self.replay_endpoint = f"ipc://{Path(self._folder.name) / 'replay'}"
+    def __init__(self, folder: Path) -> None:
+        self.endpoint = f"ipc://{folder / 'events'}"
+        self.replay_endpoint = f"ipc://{folder / 'replay'}"
         self._decoder = msgspec.msgpack.Decoder(_Batch)
         self._report = CacheReport()
         self._reading = asyncio.Lock()
@@ -182,7 +179,6 @@ class KvEvents:
     def close(self) -> None:
         """Idempotent."""
         self._disconnect()
-        self._folder.cleanup()
 
     async def _read(self, blocks: ResidentBlocks) -> None:
         """As far as the engine answers in time; the next call goes on from there."""

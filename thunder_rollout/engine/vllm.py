@@ -22,6 +22,7 @@ from thunder_rollout.engine.exit_codes import ended_from_outside
 from thunder_rollout.engine.kv_events import KvEvents
 from thunder_rollout.engine.protocol import EngineInfo, EngineStats, GenerateRequest, Generation
 from thunder_rollout.engine.request_check import RequestLimits, check_request
+from thunder_rollout.engine.scratch import Scratch
 from thunder_rollout.engine.vllm_arguments import engine_arguments
 from thunder_rollout.engine.vllm_offload import offload_tokens
 from thunder_rollout.engine.vllm_release import make_releasing, release_arguments
@@ -60,15 +61,19 @@ class VllmEngine:
         self._totals = {"prompt": 0, "cached": 0, "output": 0}
         self._limits: RequestLimits
         self._capacity_tokens = 0
+        self._scratch: Scratch
         self._events: KvEvents | None = None
 
     async def start(self) -> EngineInfo:
         if self._loading is not None:
             raise ConfigError("an engine starts once; make another")
         check_model_folder(self._config.model)
+        self._scratch = Scratch()
         if self._config.publishes_kv_events:
-            self._events = KvEvents()
-        self._loading = asyncio.create_task(asyncio.to_thread(_load, self._config, self._gauges, self._events))
+            self._events = KvEvents(self._scratch.path)
+        self._loading = asyncio.create_task(
+            asyncio.to_thread(_load, self._config, self._gauges, self._scratch, self._events)
+        )
         self._engine = await asyncio.shield(self._loading)
         vllm_config = self._engine.vllm_config
         self._releases = self._config.release_on_pause and vllm_config.scheduler_config.scheduler_cls is not None
@@ -150,10 +155,13 @@ class VllmEngine:
         if self._loading is None:
             return
         await asyncio.wait([self._loading])
-        if not self._loading.cancelled() and self._loading.exception() is None:
-            await asyncio.to_thread(self._loading.result().shutdown, _STOP_GRACE_S)
-        if self._events is not None:
-            self._events.close()
+        try:
+            if not self._loading.cancelled() and self._loading.exception() is None:
+                await asyncio.to_thread(self._loading.result().shutdown, _STOP_GRACE_S)
+        finally:
+            if self._events is not None:
+                self._events.close()
+            self._scratch.close()
 
     def _running(self) -> Any:
         if self._engine is None or self._stopped:
@@ -252,7 +260,7 @@ class _Gauges:
             self.preemptions += iteration_stats.num_preempted_reqs
 
 
-def _load(config: EngineConfig, gauges: _Gauges, events: KvEvents | None) -> Any:
+def _load(config: EngineConfig, gauges: _Gauges, scratch: Scratch, events: KvEvents | None) -> Any:
     """Import vLLM and start an `AsyncLLM`; takes seconds to minutes, so it runs in a thread."""
     if "vllm" not in sys.modules:
         os.environ.update(config.environment())
@@ -280,7 +288,8 @@ def _load(config: EngineConfig, gauges: _Gauges, events: KvEvents | None) -> Any
     except Exception as error:
         raise ConfigError(f"engine: vLLM refuses this configuration of {config.model}: {error}") from error
     try:
-        return AsyncLLM.from_vllm_config(vllm_config, stat_loggers=[GaugeLogger], disable_log_stats=True)
+        with scratch.for_vllm():
+            return AsyncLLM.from_vllm_config(vllm_config, stat_loggers=[GaugeLogger], disable_log_stats=True)
     except Exception as error:
         raise EngineDied(f"engine {config.model} did not start ({error}); {_SEE_LOG}") from error
 

@@ -6,6 +6,9 @@ runs inside that process, so the watch is put there; the workers below it end wi
 
 Where a worker process is gone, vLLM fails the core as if its work had failed. Where it was killed from
 outside the core is killed as well, so that whoever looks at its exit code sees what happened.
+
+vLLM puts the file by which an engine's workers find each other into the temporary folder, where it stays if they are
+killed; here it lies in the engine's own (`engine.scratch`). `TMPDIR` would move the caches of compiled code as well.
 """
 
 from __future__ import annotations
@@ -16,9 +19,11 @@ import os
 import signal
 import threading
 import time
+from typing import Any
+from uuid import uuid4
 
-from vllm.v1.executor.multiproc_executor import MultiprocExecutor
-from vllm.v1.executor.uniproc_executor import UniProcExecutor
+from vllm import envs
+from vllm.v1.executor import multiproc_executor, uniproc_executor
 
 from thunder_rollout.engine.exit_codes import ended_from_outside
 
@@ -27,9 +32,10 @@ logger = logging.getLogger(__name__)
 _POLL_S = 0.5
 
 
-class OwnedMultiprocExecutor(MultiprocExecutor):
+class OwnedMultiprocExecutor(multiproc_executor.MultiprocExecutor):
     def _init_executor(self) -> None:
         _end_with_parent()
+        _keep_rendezvous_file(multiproc_executor)
         super()._init_executor()
 
     def shutdown(self) -> None:
@@ -42,10 +48,15 @@ class OwnedMultiprocExecutor(MultiprocExecutor):
         super().shutdown()
 
 
-class OwnedUniProcExecutor(UniProcExecutor):
+class OwnedUniProcExecutor(uniproc_executor.UniProcExecutor):
     def _init_executor(self) -> None:
         _end_with_parent()
+        _keep_rendezvous_file(uniproc_executor)
         super()._init_executor()
+
+
+def _keep_rendezvous_file(module: Any) -> None:
+    module.get_file_store_init_method = lambda: f"file://{envs.VLLM_RPC_BASE_PATH}/vllm_dist_{uuid4().hex}"
 
 
 def _end_with_parent() -> None:

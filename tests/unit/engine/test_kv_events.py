@@ -14,6 +14,7 @@ import zmq.asyncio
 from thunder_rollout.engine.cache_report import CacheChanges
 from thunder_rollout.engine.hashing import block_hashes
 from thunder_rollout.engine.kv_events import KvEvents
+from thunder_rollout.engine.scratch import Scratch
 
 SIZE = 4
 IDS = list(range(100))
@@ -85,11 +86,13 @@ class Publisher:
 
 @pytest.fixture
 async def events() -> AsyncIterator[KvEvents]:
-    events = KvEvents()
+    scratch = Scratch()
+    events = KvEvents(scratch.path)
     events.start(SIZE)
     yield events
     events.close()
     events.close()
+    scratch.close()
 
 
 @pytest.fixture
