@@ -53,3 +53,25 @@ def test_the_core_ends_as_its_worker_did(fault: signal.Signals, code: int) -> No
         for pid in workers:  # nobody is left to reap them
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+
+def test_a_worker_that_is_gone_has_its_exit_code() -> None:
+    """Where its sentinel tells first."""
+    from thunder_rollout.engine.vllm_executor import _ended
+
+    class Ending:
+        exitcode: int | None = None
+
+        def __init__(self) -> None:
+            self.sentinel, self._theirs = multiprocessing.Pipe()
+
+        def end(self) -> None:
+            self._theirs.close()
+
+        def join(self, timeout: float) -> None:
+            self.exitcode = -signal.SIGKILL
+
+    killed, alive = Ending(), Ending()
+    killed.end()
+    assert _ended([killed, alive]) == [killed]
+    assert (killed.exitcode, alive.exitcode) == (-signal.SIGKILL, None)

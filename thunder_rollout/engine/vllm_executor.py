@@ -19,6 +19,7 @@ import os
 import signal
 import threading
 import time
+from multiprocessing import connection
 from typing import Any
 from uuid import uuid4
 
@@ -30,6 +31,7 @@ from thunder_rollout.engine.exit_codes import ended_from_outside
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.5
+_EXIT_WAIT_S = 2.0
 
 
 class OwnedMultiprocExecutor(multiproc_executor.MultiprocExecutor):
@@ -41,7 +43,7 @@ class OwnedMultiprocExecutor(multiproc_executor.MultiprocExecutor):
     def shutdown(self) -> None:
         """The first thing that vLLM does about a worker that is gone, before it ends the others."""
         if self.is_failed:
-            gone = [worker.proc for worker in self.workers if worker.proc.exitcode is not None]
+            gone = _ended([worker.proc for worker in self.workers])
             if gone and all(ended_from_outside(process.exitcode) for process in gone):
                 logger.error("%s was ended from outside: the engine core ends too", gone[0].name)
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -53,6 +55,15 @@ class OwnedUniProcExecutor(uniproc_executor.UniProcExecutor):
         _end_with_parent()
         _keep_rendezvous_file(uniproc_executor)
         super()._init_executor()
+
+
+def _ended(processes: list[Any]) -> list[Any]:
+    """Those that are gone, with their exit codes: the sentinel tells of an end a moment before the code is there."""
+    ready = connection.wait([process.sentinel for process in processes], timeout=0)
+    gone = [process for process in processes if process.sentinel in ready]
+    for process in gone:
+        process.join(_EXIT_WAIT_S)
+    return gone
 
 
 def _keep_rendezvous_file(module: Any) -> None:
