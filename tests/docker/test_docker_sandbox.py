@@ -15,11 +15,13 @@ import pytest
 
 from tests.support.resting_contract import *  # noqa: F403
 from tests.support.sandbox_contract import *  # noqa: F403
-from tests.support.sandbox_contract import LIMITS, SPEC, MakeSandbox, started
+from tests.support.sandbox_contract import LIMITS, SPEC, MakeSandbox, count_processes, started
 from thunder_rollout.errors import ConfigError, SandboxFailed
-from thunder_rollout.sandbox.config import SandboxConfig, select_backend
+from thunder_rollout.sandbox.config import ImagesConfig, SandboxConfig, select_backend
 from thunder_rollout.sandbox.docker import DockerSandbox
 from thunder_rollout.sandbox.docker_engine import DockerEngine, sweep_docker
+from thunder_rollout.sandbox.fake_images import FakeImageEngine
+from thunder_rollout.sandbox.image_store import ImageStore
 from thunder_rollout.sandbox.protocol import Rest
 
 RUN = f"test-docker-{os.getpid()}"
@@ -88,6 +90,26 @@ async def test_many_start_and_run_at_once(make: MakeSandbox) -> None:
             return (await box.exec(f"sleep 0.5; echo {number}", timeout_s=30)).output
 
     assert await asyncio.gather(*(one(number) for number in range(8))) == [f"{number}\n" for number in range(8)]
+
+
+async def test_one_whose_files_find_no_room_in_the_budget_is_frozen_instead(engine: DockerEngine) -> None:
+    store = ImageStore(FakeImageEngine([]), ImagesConfig(budget_bytes=1_000_000))
+    await store.start()
+    make: MakeSandbox = lambda spec: DockerSandbox(replace(spec, labels={"run": RUN}), engine, images=store)
+    async with started(make) as box:
+        await box.exec("head -c 200000 /dev/urandom > one", timeout_s=10)
+        assert await box.rest(Rest.STOP) is Rest.STOP
+        held_bytes = store.stats().held_bytes
+        assert 200_000 < held_bytes < 500_000
+        await box.exec("head -c 2000000 /dev/urandom > two; sleep 1000 > /dev/null 2>&1 &", timeout_s=10)
+        assert await box.rest(Rest.STOP) is Rest.FREEZE
+        assert await count_processes(box, "sleep") == 1
+        await box.exec("rm two", timeout_s=10)
+        assert await box.rest(Rest.STOP) is Rest.STOP
+        assert store.stats().held_bytes > held_bytes
+        assert (await box.exec("wc -c < one", timeout_s=10)).output == "200000\n"
+    assert store.stats().held_bytes == 0
+    await store.stop()
 
 
 def test_the_engine_is_chosen_and_named() -> None:

@@ -20,7 +20,8 @@ def _require(ok: bool, name: str, value: object, rule: str) -> None:
 class ImagesConfig:
     """Of one node. `docker_config` is where private registries' credentials lie, so that none is in ours."""
 
-    budget_bytes: int | None = None  # of all images on the engine's disk, room to unpack included; None: no limit
+    # Of all images on the engine's disk, with room to unpack them and with sandboxes put away; None: no limit.
+    budget_bytes: int | None = None
     max_pulls: int = 2  # at the same time
     prefetch: int = 2  # of so many tasks to come the images are pulled ahead
     pull_attempts: int = 5

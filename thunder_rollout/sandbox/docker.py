@@ -7,7 +7,8 @@ of one file, and a command that is found to have written more than that in all i
 can be over the limit by what it writes in `_DISK_EVERY_S`.
 
 While it rests it is paused, or committed to an image and removed, and then started again from that image; what
-the image's volumes hold would not survive that, so a container with volumes is paused instead.
+the image's volumes hold would not survive that, so a container with volumes is paused instead, and so is one
+whose files find no room in the node's budget of images. That room is taken until the sandbox is stopped.
 
 What ends one: `stop`; its time to live; and the end of this process, however it comes, since the
 engine closes PID 1's stdin with our connection, and the container removes itself. The labels
@@ -40,6 +41,7 @@ from thunder_rollout.sandbox.docker_engine import (
     remove_image,
 )
 from thunder_rollout.sandbox.gitdiff import SCRATCH
+from thunder_rollout.sandbox.image_store import ImageStore
 from thunder_rollout.sandbox.protocol import SandboxSpec
 from thunder_rollout.sandbox.shell import INIT_SCRIPT, ShellSandbox
 from thunder_rollout.sandbox.variables import common_variables
@@ -54,14 +56,24 @@ _KEPT_CAPABILITIES = ["CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "SETG
 
 
 class DockerSandbox(ShellSandbox):
-    def __init__(self, spec: SandboxSpec, engine: DockerEngine, *, start_timeout_s: float = 120.0) -> None:
+    def __init__(
+        self,
+        spec: SandboxSpec,
+        engine: DockerEngine,
+        *,
+        images: ImageStore | None = None,
+        start_timeout_s: float = 120.0,
+    ) -> None:
+        """`images` bounds what is put away; None: nothing does."""
         super().__init__(spec, start_timeout_s=start_timeout_s)
         self._engine = engine
+        self._images = images
         self._container = ""
         self._creating: asyncio.Future[str] | None = None
         self._stdin: AttachedStream | None = None
         self._kept_image = ""  # its files, once it was put away
         self._kept_bytes = 0  # of what it had written by then
+        self._room_bytes = 0  # what that takes of the node's budget
 
     async def _boot(self) -> None:
         self._creating = asyncio.ensure_future(self._engine.call(self._create))
@@ -190,11 +202,15 @@ class DockerSandbox(ShellSandbox):
         state = await self._ask(lambda: api.inspect_container(self._container))
         if any(mount["Type"] == "volume" for mount in state["Mounts"]):
             return False
+        if (room_bytes := await self._take_room(await self._written_bytes())) is None:
+            logger.info("a sandbox is not put away: sandbox.images.budget_bytes leaves no room for its files")
+            return False
         await self._end_processes()
         written_bytes = await self._written_bytes()
         try:
             committed = await self._engine.call(lambda: api.commit(self._container, pause=False))
         except APIError as error:  # too many layers, or no room for another
+            self._give_back(room_bytes)
             await self._require_alive()
             logger.warning("a sandbox can't be put away: %s", error.explanation)
             return False
@@ -203,6 +219,19 @@ class DockerSandbox(ShellSandbox):
         self._close_channel()
         await self._remove()
         return True
+
+    async def _take_room(self, num_bytes: int) -> int | None:
+        """None: there is none."""
+        if self._images is None:
+            return 0
+        room_bytes = await self._images.keep(num_bytes)
+        self._room_bytes += room_bytes or 0
+        return room_bytes
+
+    def _give_back(self, room_bytes: int) -> None:
+        self._room_bytes -= room_bytes
+        if self._images is not None and room_bytes:
+            self._images.give_back(room_bytes)
 
     async def _start_again(self) -> None:
         async with asyncio.timeout(self._start_timeout_s):
@@ -253,9 +282,12 @@ class DockerSandbox(ShellSandbox):
             raise SandboxFailed("sandbox: its container died (time to live over, out of memory, or killed)")
 
     async def _destroy(self) -> None:
-        await self._remove()
-        if self._kept_image:
-            await self._engine.call(lambda: remove_image(self._engine, self._kept_image))
+        try:
+            await self._remove()
+            if self._kept_image:
+                await self._engine.call(lambda: remove_image(self._engine, self._kept_image))
+        finally:
+            self._give_back(self._room_bytes)
 
     async def _remove(self) -> None:
         """The container, whatever state it is in. Idempotent."""

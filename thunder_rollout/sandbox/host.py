@@ -321,12 +321,12 @@ class SandboxHost:
         engine = DockerEngine(self._config.docker_host)
         await asyncio.to_thread(engine.weigh, self._config.cpu_shares)
         image_engine = await asyncio.to_thread(DockerImageEngine, engine, self._config.images.docker_config)
-        self._images = ImageStore(image_engine, self._config.images)
-        await self._images.start()
+        store = self._images = ImageStore(image_engine, self._config.images)
+        await store.start()
         if TOY_IMAGE in images:
-            async with self._images.lease(TOY_IMAGE):
+            async with store.lease(TOY_IMAGE):
                 pass  # it is built by now
-        return lambda spec: DockerSandbox(spec, engine, start_timeout_s=start_timeout_s)
+        return lambda spec: DockerSandbox(spec, engine, images=store, start_timeout_s=start_timeout_s)
 
 
 def _retrieve(task: asyncio.Task[float]) -> None:

@@ -2,8 +2,8 @@
 
 What is held never passes the budget. Held is: every layer of an image that is there or being
 pulled, once however many images share it, and for each pull the room its compressed layers take
-until they are unpacked. An image in use (pinned), being pulled, or that no registry gives back
-(fixed) is never evicted.
+until they are unpacked, and what sandboxes that were put away have left on the disk. An image in use
+(pinned), being pulled, or that no registry gives back (fixed) is never evicted.
 
 Who goes first is told by the order of uses to come (`expect`): the image whose bytes would be
 pulled again the latest (a layer another image needs sooner counts as needed then), so that with
@@ -71,6 +71,7 @@ class ImageCache:
         self._uses: dict[str, deque[int]] = {}  # positions in the order
         self._named: set[str] = set()
         self._position = 0
+        self._kept_bytes = 0  # of sandboxes put away
 
     def describe(self, image: Image) -> None:
         """Learn (again) what an image is made of, wherever it is."""
@@ -114,6 +115,13 @@ class ImageCache:
         if self._pins[name] <= 0:
             del self._pins[name]
         self._touch(name)
+
+    def keep(self, num_bytes: int) -> None:
+        """A sandbox is put away, and leaves so much on the disk until `give_back`."""
+        self._kept_bytes += num_bytes
+
+    def give_back(self, num_bytes: int) -> None:
+        self._kept_bytes -= num_bytes
 
     def expect(self, order: Iterable[str]) -> None:
         """The images of the uses to come, in their order; replaces what was expected before."""
@@ -161,9 +169,7 @@ class ImageCache:
         ever go gone; 0 if it can be pulled some day. (With its lower layers there it may fit now.)"""
         if self.budget_bytes is None:
             return 0
-        fixed = self._by_key(self._fixed & self._present.keys())
-        held = sum(layer.disk_bytes for layer in fixed.values())
-        return max(0, held + _peak_bytes(self._known[name].layers, fixed) - self.budget_bytes)
+        return max(0, self._least_bytes(name) - self.budget_bytes)
 
     def plan_pull(self, name: str, *, ahead: bool = False) -> tuple[str, ...] | None:
         """The images to evict, so that this one can be pulled; None if it doesn't fit now.
@@ -177,9 +183,28 @@ class ImageCache:
             candidates = [v for v in candidates if v in self._named and not self._open[v] and self._next_use(v) > due]
         return self._evictions(candidates, image)
 
+    def plan_keep(self, num_bytes: int) -> tuple[str, ...] | None:
+        """The images to evict, so that a sandbox of so many bytes can be put away; None if it can't now.
+
+        Only images go that nobody is expected to use, and no known image must find too little room for its pull
+        for as long as all that is put away stays."""
+        if self.budget_bytes is None:
+            return ()
+        most_bytes = self.budget_bytes - self._kept_bytes - num_bytes
+        if any(most_bytes < self._least_bytes(name) <= self.budget_bytes for name in self._known):
+            return None
+        candidates = [v for v in self._present if self.may_go(v) and self._next_use(v) == math.inf]
+        files = Image(name="", layers=(Layer(key="", pull_bytes=0, disk_bytes=num_bytes),))
+        return self._evictions(candidates, files)
+
     def plan_trim(self) -> tuple[str, ...]:
         """What to evict now that the budget is exceeded by what was there before us."""
         return self._evictions([v for v in self._present if self.may_go(v)], None, best_effort=True) or ()
+
+    def _least_bytes(self, name: str) -> int:
+        """What is held while the image is pulled, everything that can ever go gone."""
+        fixed = self._by_key(self._fixed & self._present.keys())
+        return sum(layer.disk_bytes for layer in fixed.values()) + _peak_bytes(self._known[name].layers, fixed)
 
     def _evictions(
         self, candidates: list[str], image: Image | None, *, best_effort: bool = False
@@ -242,7 +267,7 @@ class ImageCache:
             packed_bytes += _peak_bytes(new, {}) - sum(layer.disk_bytes for layer in new)
         for pull in pulls:
             layers |= {layer.key: layer for layer in pull.layers}
-        return sum(layer.disk_bytes for layer in layers.values()) + packed_bytes
+        return sum(layer.disk_bytes for layer in layers.values()) + packed_bytes + self._kept_bytes
 
     def _layers(self, name: str) -> tuple[Layer, ...]:
         return self._known[name].layers

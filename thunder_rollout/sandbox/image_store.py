@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from thunder_rollout.errors import SandboxFailed
 from thunder_rollout.sandbox.config import ImagesConfig
-from thunder_rollout.sandbox.image_cache import Image, ImageCache
+from thunder_rollout.sandbox.image_cache import Image, ImageCache, disk_bytes
 from thunder_rollout.sandbox.image_engine import ImageEngine, ImageInUse, PullFailed, PullProgress, canonical_name
 
 logger = logging.getLogger(__name__)
@@ -114,6 +114,28 @@ class ImageStore:
             yield
         finally:
             self.release(name)
+
+    async def keep(self, content_bytes: int) -> int | None:
+        """Room for the files of a sandbox that is put away: what it takes until `give_back`. None if there is none
+        now; this waits for nobody, and goes before nobody who waits for room."""
+        try:
+            async with asyncio.timeout(0):
+                await self._room.acquire()
+        except TimeoutError:
+            return None
+        try:
+            num_bytes = disk_bytes(content_bytes)
+            plan = self._cache.plan_keep(num_bytes)
+            if plan is None or not await self._evict(plan):
+                return None
+            self._cache.keep(num_bytes)
+            return num_bytes
+        finally:
+            self._room.release()
+
+    def give_back(self, num_bytes: int) -> None:
+        self._cache.give_back(num_bytes)
+        self._changed()
 
     def present(self) -> list[str]:
         return self._cache.present()

@@ -213,10 +213,12 @@ OTHER = Image(name="other:latest", layers=(Layer(key="other", pull_bytes=10, dis
 OTHER_SPEC = SandboxSpec(image="other")
 
 
-async def host_with_images(factory: Factory, engine: FakeImageEngine, budget_bytes: int) -> SandboxHost:
+async def host_with_images(
+    factory: Factory, engine: FakeImageEngine, budget_bytes: int, *, when_paused: str = "auto"
+) -> SandboxHost:
     store = ImageStore(engine, ImagesConfig(budget_bytes=budget_bytes, retry_s=0.001))
     await store.start()
-    return SandboxHost(SandboxConfig(), run="r", make=factory, images=store)
+    return SandboxHost(SandboxConfig(when_paused=when_paused), run="r", make=factory, images=store)
 
 
 async def test_an_image_is_on_the_node_while_a_sandbox_uses_it_and_no_longer_than_needed() -> None:
@@ -231,6 +233,20 @@ async def test_an_image_is_on_the_node_while_a_sandbox_uses_it_and_no_longer_tha
     await host.release("q")
     await waiting
     assert host.stats().images == ("other:latest",)
+    await host.stop()
+
+
+async def test_the_image_of_a_sandbox_that_was_put_away_stays() -> None:
+    engine = FakeImageEngine([TOY, OTHER])
+    host = await host_with_images(Factory(), engine, budget_bytes=25, when_paused="stop")
+    await host.acquire("p", SPEC)
+    assert await host.rest("p")
+    waiting = asyncio.create_task(host.acquire("r", OTHER_SPEC))
+    await asyncio.sleep(0.02)
+    assert not waiting.done()
+    assert host.stats().images == ("toy:latest",)
+    await host.release("p")
+    await waiting
     await host.stop()
 
 

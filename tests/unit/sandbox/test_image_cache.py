@@ -163,6 +163,36 @@ def test_what_was_there_over_the_budget_is_trimmed() -> None:
     assert cache.plan_trim() == ("a", "b")
 
 
+def test_sandboxes_put_away_count_and_cost_only_images_that_nobody_is_expected_to_use() -> None:
+    cache = cache_of(50, single("stranger"), single("done"), single("a"), single("running"))
+    cache.expect(["done", "a"])
+    cache.started("done")
+    cache.finished("done")
+    cache.pin("running")
+    assert cache.plan_keep(10) == ()
+    assert cache.plan_keep(20) == ("done",)
+    assert cache.plan_keep(30) == ("done", "stranger")
+    assert cache.plan_keep(31) is None
+    cache.keep(10)
+    assert cache.held_bytes == 50
+    assert plan(cache, single("new")) == ("done", "a")
+    cache.give_back(10)
+    assert plan(cache, single("new")) == ("done",)
+
+
+def test_what_is_put_away_leaves_room_for_every_pull() -> None:
+    cache = cache_of(50)
+    cache.describe(single("a", 10))
+    cache.describe(single("too big for the node", 26))
+    cache.keep(20)
+    assert cache.plan_keep(10) == ()
+    assert cache.plan_keep(11) is None
+
+
+def test_without_a_budget_sandboxes_are_put_away() -> None:
+    assert cache_of(None, single("a")).plan_keep(10**12) == ()
+
+
 def families(seed: int, num_images: int = 100) -> list[Image]:
     rng = random.Random(seed)
     bases = [(f"base{i}", rng.randint(30, 60)) for i in range(8)]
@@ -244,6 +274,9 @@ def _worlds(draw: st.DrawFn) -> tuple[list[Image], int]:
     return images, draw(st.integers(40, 200))
 
 
+EVENTS = ["pin", "unpin", "pull", "ahead", "done", "fail", "use", "over", "keep", "back"]
+
+
 @given(_worlds(), st.data())
 def test_whatever_happens_the_budget_holds_and_nothing_in_use_goes(
     world: tuple[list[Image], int], data: st.DataObject
@@ -256,10 +289,11 @@ def test_whatever_happens_the_budget_holds_and_nothing_in_use_goes(
         cache.describe(new)
     cache.expect(data.draw(st.lists(st.sampled_from(names), max_size=20)))
     pins: list[str] = []
+    kept: list[int] = []
     pulling: set[str] = set()
     for _ in range(data.draw(st.integers(1, 30))):
         name = data.draw(st.sampled_from(names))
-        match data.draw(st.sampled_from(["pin", "unpin", "pull", "ahead", "done", "fail", "use", "over"])):
+        match data.draw(st.sampled_from(EVENTS)):
             case "pin":
                 cache.pin(name)
                 pins.append(name)
@@ -284,6 +318,18 @@ def test_whatever_happens_the_budget_holds_and_nothing_in_use_goes(
                 cache.started(name)
             case "over":
                 cache.finished(name)
+            case "keep":
+                num_bytes = data.draw(st.integers(1, 40))
+                victims = cache.plan_keep(num_bytes)
+                if victims is None:
+                    continue
+                assert not {*victims} & {*pins, *pulling, *cache.upcoming(100)}
+                for victim in victims:
+                    cache.remove(victim)
+                cache.keep(num_bytes)
+                kept.append(num_bytes)
+            case "back" if kept:
+                cache.give_back(kept.pop())
         assert cache.held_bytes <= budget
     for name in pulling:
         cache.abandon_pull(name)

@@ -13,7 +13,7 @@ import pytest
 from thunder_rollout.errors import SandboxFailed
 from thunder_rollout.sandbox.config import ImagesConfig
 from thunder_rollout.sandbox.fake_images import FakeImageEngine
-from thunder_rollout.sandbox.image_cache import Image, Layer
+from thunder_rollout.sandbox.image_cache import Image, Layer, disk_bytes
 from thunder_rollout.sandbox.image_engine import PullFailed
 from thunder_rollout.sandbox.image_store import ImageStore
 
@@ -92,6 +92,41 @@ async def test_who_needs_room_waits_until_an_image_is_free() -> None:
         await waiting
         assert set(engine.disk) == {"a:latest", "c:latest"}
     assert engine.peak_bytes <= 30
+
+
+def kept(content_bytes: int) -> int:
+    return disk_bytes(content_bytes)
+
+
+async def test_a_sandbox_is_put_away_where_that_costs_no_image_that_is_in_use_or_to_come() -> None:
+    engine = FakeImageEngine([image("a"), image("b"), image("c")])
+    async with store_of(engine, budget_bytes=kept(5) + 20) as store:
+        store.expect(["b"])
+        for name in "abc":
+            async with store.lease(name):
+                pass
+        await store.acquire("c")
+        assert await store.keep(5) == kept(5)
+        assert set(engine.disk) == {"b:latest", "c:latest"}
+        assert store.stats().held_bytes == kept(5) + 20
+        assert await store.keep(5) is None
+        store.give_back(kept(5))
+        assert await store.keep(5) == kept(5)
+        assert set(engine.disk) == {"b:latest", "c:latest"}
+
+
+async def test_who_is_put_away_waits_for_nobody_and_goes_before_nobody_who_waits_for_room() -> None:
+    unit = kept(0)
+    engine = FakeImageEngine([image("in use", 4 * unit), image("new", 3 * unit)])
+    async with store_of(engine, budget_bytes=9 * unit) as store:
+        await store.acquire("in use")
+        waiting = asyncio.create_task(store.acquire("new"))
+        await asyncio.sleep(0.03)
+        assert not waiting.done()
+        assert await asyncio.wait_for(store.keep(0), 1) is None
+        store.release("in use")
+        await waiting
+        assert await store.keep(0) == unit
 
 
 async def test_transient_failures_are_tried_again() -> None:
