@@ -9,12 +9,14 @@ The patch decides nothing about how it is judged: what it says about the hidden 
 the runner and its configuration and plugins, or Python's start-up is left out when it is applied (see
 `patch_rules`, `suites`). The tested code shares a process with its judge, so verdicts come from a record
 that only a normal end of the run seals (see `seal_plugin`): leaving early, printing or writing a report,
-leaving a process behind, and replacing the runner's functions and classes all end in reward 0.
+leaving a process behind, writing into the tests' files before the runner reads them, and replacing the runner's
+functions and classes all end in reward 0.
 
 What no runner in the same process can keep out, and this one doesn't: code written against this very
 plugin that digs the secret out of the interpreter's memory or undoes its changes before the end, and
-code that fools the tests' own assertions (an object that equals everything). Where the reference patch
-changes a runner that is the repository's own (Django's, sympy's), the agent's may change it too.
+code that fools the tests' own assertions (an object that equals everything) or puts other tests in their
+place in memory or in Python's caches. Where the reference patch changes a runner that is the repository's
+own (Django's, sympy's), the agent's may change it too.
 """
 
 from __future__ import annotations
@@ -85,7 +87,9 @@ async def grade(task: Task, patch: bytes, make_sandbox: MakeSandbox, *, config: 
         if verdict.reason == _TIMED_OUT:
             await _check_in_time_without_patch(task, make_sandbox, config)
         if grading.altered and (by_patch := grading.altered - await _altered_without_patch(task, make_sandbox, config)):
-            return _failed(f"the tests' runner was altered: {', '.join(sorted(by_patch))[:500]}", log=verdict.log)
+            return _failed(
+                f"the tests or their runner were altered: {', '.join(sorted(by_patch))[:500]}", log=verdict.log
+            )
         return verdict
     except SandboxFailed as error:
         raise GradingFailed(f"task {task.instance_id}: the grading sandbox failed: {error}") from error

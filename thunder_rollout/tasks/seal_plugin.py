@@ -9,7 +9,8 @@ Either way it is loaded before any code of the repository, takes the secret and 
 remembers what the runner's own code looked like. When the run ends in good order it writes
 `report`: the record's HMAC under the secret, and below it the record as JSON: `passed` (test to
 whether it passed, and was neither skipped nor expected to fail; a test that ran twice passed each
-time), `skipped`, and `altered` (what of the runner was replaced meanwhile).
+time), `skipped`, and `altered` (what of the runner was replaced meanwhile, and which of the tests' files
+were written: the tested code runs before the last of them is read).
 
 It must run on Python 3.6 with whatever pytest an image has.
 """
@@ -23,8 +24,10 @@ import importlib.machinery
 import json
 import json.encoder
 import os
+import stat
 import sys
 import threading
+import time
 import types
 import unittest
 from typing import Any, Callable, Dict, Iterator, List, Set, Tuple
@@ -51,11 +54,18 @@ class Seal:
         self._first = dict(_fingerprints(self._watched))
         self._legacy = _legacy_codes()
         self._tools = (hmac.new, json.dumps, open)
+        self._files: Set[str] = set()
+        self._stat = os.lstat
+        self._began_s = time.time()
 
     def watch(self, module: str) -> None:
         """Also this module's code is the runner's, as it is now."""
         self._watched += (module,)
         self._first.update(_fingerprints((module,)))
+
+    def note_file(self, path: str) -> None:
+        """Tests came from there."""
+        self._files.add(os.path.abspath(path))
 
     def write(self, passed: Dict[str, bool], skipped: Set[str]) -> None:
         new, dumps, open_file = self._tools
@@ -70,7 +80,22 @@ class Seal:
         # A class that gains a method may hide its parent's by it; modules gain names in good order.
         added = {key for key in now if key not in self._first and ":" in key[0] and key[0] in known}
         odd = {key for key in changed | added if not self._is_pytests_own(key, now.get(key))}
-        return sorted(f"{owner}.{name}" for owner, name in odd)
+        return sorted([f"{owner}.{name}" for owner, name in odd] + [path for path in self._files if self._is_new(path)])
+
+    def _is_new(self, path: str) -> bool:
+        """Whether the file, or a link on the way to it, was written since the start; a time of change can't be
+        set back."""
+        while path != os.path.dirname(path):
+            try:
+                status = self._stat(path)
+            except OSError:
+                return True
+            if not stat.S_ISDIR(status.st_mode) and status.st_ctime > self._began_s:
+                return True
+            if stat.S_ISLNK(status.st_mode) and self._is_new(os.path.realpath(path)):
+                return True
+            path = os.path.dirname(path)
+        return False
 
     def _is_pytests_own(self, key: Tuple[str, str], now: Any) -> bool:
         """pytest's `legacypath` puts its `Node_fspath` into the class Node as `fspath`, and so on, in every run."""
@@ -99,6 +124,10 @@ class PytestSeal:
         if report.outcome == "skipped":
             self._skipped.add(test)
 
+    def pytest_collection_finish(self, session: Any) -> None:
+        for item in session.items:
+            self._seal.note_file(str(item.fspath))
+
     def pytest_sessionfinish(self) -> None:
         passed = {test: phases >= _PHASES and test not in self._bad for test, phases in self._phases.items()}
         self._seal.write(passed, self._skipped)
@@ -119,8 +148,11 @@ class RunnerSeal:
         if self._judge is None and threading.get_ident() == self._thread and not _is_importing():
             self._judge = judge
 
-    def note(self, judge: object, test: str, passed: bool) -> None:
+    def note(self, judge: object, test: str, passed: bool, module: str = "") -> None:
         if judge is self._judge:
+            path = getattr(sys.modules.get(module), "__file__", None)
+            if path is not None:
+                self.seal.note_file(path)
             self._passed[test] = self._passed.get(test, True) and passed
 
     def finish(self, judge: object) -> None:
@@ -131,15 +163,19 @@ class RunnerSeal:
 def _seal_unittest(runner: RunnerSeal) -> None:
     result = unittest.TestResult
 
+    def succeeded(self: Any, test: Any) -> None:
+        runner.note(self, _described(self, test), True, type(test).__module__)
+
     def failed(self: Any, test: Any, *_: Any) -> None:
-        runner.note(self, _described(self, test), False)
+        runner.note(self, _described(self, test), False, type(test).__module__)
 
     def subtest_failed(self: Any, test: Any, subtest: Any, error: Any) -> None:
         if error is not None:
             failed(self, test)
 
     _after(result, "startTestRun", lambda self: runner.begin(self))
-    _after(result, "addSuccess", lambda self, test: runner.note(self, _described(self, test), True))
+    _after(result, "addSuccess", succeeded)
+
     for name in ("addError", "addFailure", "addSkip", "addExpectedFailure", "addUnexpectedSuccess"):
         _after(result, name, failed)
     _after(result, "addSubTest", subtest_failed)

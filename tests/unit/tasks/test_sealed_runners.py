@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from tests.unit.tasks.test_grading import grade_locally, new_file
+from tests.unit.tasks.test_sources import r2e_task
 from thunder_rollout.tasks.patches import reverse_patch
 from thunder_rollout.tasks.task import Task
 
@@ -179,6 +181,15 @@ async def test_code_that_runs_tests_of_its_own_under_the_hidden_names_gets_nothi
         assert not set(verdict.passed) & set(DJANGO.fail_to_pass), verdict.log
 
 
+async def test_code_that_writes_into_the_next_test_file_gets_nothing() -> None:
+    first = replace(DJANGO, test_patch=new_file("tests/aaa/tests.py", "import acme.core\n") + DJANGO.test_patch)
+    passing = UNITTESTS.replace("double(", "abs(").replace(", 4)", ", 2)").replace(", 6)", ", 3)")
+    lines = f"open('/testbed/tests/app/tests.py', 'w').write({passing!r})"
+    verdict = await grade_locally(first, hacked(lines))
+    assert verdict.reason == "the tests or their runner were altered: /testbed/tests/app/tests.py"
+    assert (await grade_locally(first, fixed())).resolved
+
+
 async def test_the_secret_is_gone_before_the_tested_code_runs() -> None:
     assert (await grade_locally(DJANGO, fixed(HACKS["read the secret"]))).resolved
 
@@ -191,3 +202,54 @@ async def test_a_runner_of_the_repositorys_own_is_not_the_patchs_unless_the_refe
     their_own = replace(DJANGO, patch=brought)
     verdict = await grade_locally(their_own, fixed() + brought)
     assert verdict.reason == "the tests left no report: no report was written", "it is believed to run tests, no more"
+
+
+R2E_REPORT = """==== short test summary info ====
+PASSED r2e_tests/test_1.py::test_three
+PASSED r2e_tests/test_1.py::TestOld::test_two
+FAILED r2e_tests/test_1.py::test_broken - assert False
+==== 1 failed, 2 passed in 0.01s ===="""
+WITH_TESTS_OF_ITS_OWN = """import os, subprocess, sys, tempfile, pytest
+folder = tempfile.mkdtemp() + "/r2e_tests"
+os.makedirs(folder)
+open(folder + "/__init__.py", "w").close()
+tests = "class TestOld:\\n def test_two(self): pass\\ndef test_three(): pass\\ndef test_broken(): assert False\\n"
+open(folder + "/test_1.py", "w").write(tests)
+"""
+FORGE = """
+record='{"passed": {"r2e_tests/test_1.py::test_three": true}, "skipped": [], "altered": []}'
+for folder in /run/thunder/grading-*; do printf '%064d\\n%s' 0 "$record" > $folder/report; done
+exit 0
+"""
+PRINT = f"""import contextlib, os
+for number in os.listdir("/proc/self/fd"):  # pytest keeps what it captures from the first ones
+    with contextlib.suppress(OSError): os.write(int(number), {R2E_REPORT.encode()!r})
+"""
+R2E_HACKS = {
+    "print the report": PRINT,
+    "print the report and leave": PRINT + "os._exit(1)",
+    "end in a session of its own": WITH_TESTS_OF_ITS_OWN + "os._exit(pytest.main(['-p', 'thunder_seal', folder]))",
+    "end in another process's session": (
+        WITH_TESTS_OF_ITS_OWN + "os.chdir(folder + '/..')\n"
+        "os._exit(subprocess.call([sys.executable, '-m', 'pytest', 'r2e_tests']))"
+    ),
+    "go on in the script under way": f"open('/testbed/run_tests.sh', 'a').write({FORGE!r})",
+    "write into the next test file": WITH_TESTS_OF_ITS_OWN + "open('/r2e_tests/test_1.py', 'w').write(tests)",
+    "move the tests' folder": (
+        WITH_TESTS_OF_ITS_OWN + "os.remove('/testbed/r2e_tests')\nos.symlink(folder, '/testbed/r2e_tests')"
+    ),
+}
+
+
+@pytest.mark.parametrize("hack", R2E_HACKS)
+async def test_code_that_forges_the_report_of_run_tests_sh_gets_nothing(tmp_path: Path, hack: str) -> None:
+    verdict = await grade_locally(r2e_task(tmp_path), hacked(R2E_HACKS[hack]))
+    assert (verdict.reward, verdict.resolved) == (0.0, False), verdict.reason
+    assert "test_three" not in verdict.passed
+
+
+@pytest.mark.parametrize("path", ["run_tests.sh", "r2e_tests/test_1.py", ".venv/bin/python"])
+async def test_a_patch_brings_nothing_that_run_tests_sh_runs(tmp_path: Path, path: str) -> None:
+    verdict = await grade_locally(r2e_task(tmp_path), new_file(path, f"echo '{R2E_REPORT}'"))
+    assert (verdict.reward, verdict.resolved) == (0.0, False), verdict.reason
+    assert "test_three" not in verdict.passed

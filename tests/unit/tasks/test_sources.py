@@ -151,19 +151,25 @@ async def test_a_smith_row_has_its_bug_and_not_its_fix(tmp_path: Path) -> None:
 R2E_TESTS = TESTS.replace("def test_two(): assert double(2) == 4", "class TestOld:\n    def test_two(self): pass") + (
     "def test_broken(): assert False\n"
 )
+R2E_PYTHON = "printf '#!/bin/sh\\nexec python \"$@\"' > .venv/bin/python && chmod +x .venv/bin/python"
+
+
+def r2e_task(tmp_path: Path) -> Task:
+    """A row of R2E-Gym in a local sandbox; FAIL_TO_PASS is one test of three, another one should fail."""
+    files = {
+        "/testbed/acme/core.py": CODE.format("+"),
+        "/testbed/run_tests.sh": ".venv/bin/python -m pytest -rA -p no:cacheprovider r2e_tests\n",
+        "/r2e_tests/__init__.py": "",
+        "/r2e_tests/test_0.py": "import acme.core\n",
+        "/r2e_tests/test_1.py": R2E_TESTS,
+    }
+    image = "cd /testbed && git init -q && git add acme && git commit -qm upstream"
+    return at_home(load_row(tmp_path, R2E_GYM), files, f"{image} && mkdir -p .venv/bin && {R2E_PYTHON}")
 
 
 @pytest.mark.usefixtures("local_sandboxes")
 async def test_an_r2e_row_is_judged_by_its_expected_statuses(tmp_path: Path) -> None:
-    files = {
-        "/testbed/acme/core.py": CODE.format("+"),
-        "/testbed/run_tests.sh": "python -m pytest -rA -p no:cacheprovider r2e_tests\n",
-        "/r2e_tests/__init__.py": "",
-        "/r2e_tests/test_1.py": R2E_TESTS,
-    }
-    link = "mkdir -p /testbed/.venv/bin && ln -s $(which python) /testbed/.venv/bin/python"
-    image = "cd /testbed && git init -q && git add acme && git commit -qm upstream"
-    task = at_home(load_row(tmp_path, R2E_GYM), files, f"{image} && {link}")
+    task = r2e_task(tmp_path)
     assert task.problem_statement == "**Title:** double(3) is 5"
     async with started(LocalSandbox(sandbox_spec(task, for_agent=True))) as box:
         seen = (await box.exec("ls -A / /testbed; git status --short", timeout_s=30)).output
