@@ -36,8 +36,8 @@ class Pause:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrepareSandbox:
-    """Start the program's sandbox, or have it back where it was stopped: its grant is expected at `by_s` at the
-    earliest (the clock of `handle`'s `now`), which is the order of starts that can't all run at once."""
+    """Start the program's sandbox, or have it back where it was stopped: its grant is expected about at
+    `by_s` (the clock of `handle`'s `now`), which is the order of starts that can't all run at once."""
 
     program: str
     by_s: float

@@ -85,8 +85,10 @@ class Program:
         "pending",
         "program_id",
         "sandbox",
+        "sandbox_grant",
         "sandbox_issued",
         "sandbox_issued_s",
+        "sandbox_lead_s",
         "sandbox_was_stopped",
         "status",
         "task_kind",
@@ -112,6 +114,8 @@ class Program:
         self.sandbox = SandboxNeed.NONE
         self.sandbox_issued = False  # PrepareSandbox was issued at least once
         self.sandbox_issued_s: float | None = None  # when last, until it is ready
+        self.sandbox_lead_s: float | None = None  # from then until it was
+        self.sandbox_grant: int | None = None  # see `Preparation.note_grant`, until both are known
         self.sandbox_was_stopped = False  # the one to prepare is there, and is to be had back
         self.tool: str | None = None
         self._settled_tokens = 0
@@ -266,11 +270,13 @@ class Program:
         self.sandbox = SandboxNeed.TAKEN if self.turns else SandboxNeed.PREPARED
         self.sandbox_issued = True
         self.sandbox_issued_s = now
+        self.sandbox_lead_s = self.sandbox_grant = None
 
-    def sandbox_ready(self, now: float) -> float | None:
-        """Seconds since it was asked for; None if that was told before."""
-        since_s, self.sandbox_issued_s = self.sandbox_issued_s, None
-        return None if since_s is None else now - since_s
+    def sandbox_ready(self, now: float) -> None:
+        """Told again, it changes nothing."""
+        if self.sandbox_issued_s is not None:
+            self.sandbox_lead_s = now - self.sandbox_issued_s
+            self.sandbox_issued_s = None
 
     def sandbox_failed(self) -> None:
         if self.sandbox in (SandboxNeed.PREPARED, SandboxNeed.TAKEN):

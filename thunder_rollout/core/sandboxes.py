@@ -29,8 +29,8 @@ class Sandboxes:
             return []
         match event:
             case SandboxReady():
-                if (lead_s := program.sandbox_ready(now)) is not None:
-                    self._preparation.note_lead(_kind(program), lead_s)
+                program.sandbox_ready(now)
+                self._learn(program)
             case SandboxFailed():
                 self._state.sandbox_failed(program)
             case SandboxStopped():
@@ -42,9 +42,13 @@ class Sandboxes:
     def granted(self, program: Program, request: TurnRequested, now: float) -> list[PrepareSandbox]:
         """Before the program's pending `request` is admitted."""
         was_foreseen = program.announced or program.pending[request.request].since_s < now
-        if program.awaits_sandbox and was_foreseen:
-            self._preparation.note_grant(now)
-        return self._prepare(program, now, by_s=now)
+        awaited = program.awaits_sandbox
+        decisions = self._prepare(program, now, by_s=now)
+        if awaited and was_foreseen:
+            is_late = program.sandbox_lead_s is None
+            program.sandbox_grant = self._preparation.note_grant(_kind(program), now, is_late=is_late)
+            self._learn(program)
+        return decisions
 
     def ahead(self, now: float, *, tick: bool) -> list[PrepareSandbox]:
         """A tick looks again although nothing changed: time makes programs overdue."""
@@ -59,6 +63,12 @@ class Sandboxes:
             if program.sandbox is SandboxNeed.WANTED and place <= self._preparation.depth(_kind(program)):
                 decisions += self._prepare(program, now, by_s=now + self._preparation.expected_s(place))
         return decisions
+
+    def _learn(self, program: Program) -> None:
+        """Once a start's lead time and its program's grant are known, whichever comes first."""
+        if program.sandbox_lead_s is not None and program.sandbox_grant is not None:
+            self._preparation.note_start(_kind(program), program.sandbox_lead_s, program.sandbox_grant)
+            program.sandbox_grant = None
 
     def _prepare(self, program: Program, now: float, *, by_s: float) -> list[PrepareSandbox]:
         if program.sandbox is not SandboxNeed.WANTED:
