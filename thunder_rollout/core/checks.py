@@ -3,6 +3,7 @@ And what makes a good request hopeless (`rejection_of`)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from thunder_rollout.core.backend import Backend
@@ -36,6 +37,8 @@ def check_announced(state: State, event: ProgramAnnounced) -> None:
 
 def check_request(event: TurnRequested) -> None:
     _require_least(event, "prompt_tokens", 1)
+    if not 0.0 <= event.age_s < math.inf:
+        raise BadEvent(f"TurnRequested.age_s={event.age_s!r}: must be >= 0")
 
 
 def check_progress(event: TurnProgress) -> None:

@@ -34,6 +34,7 @@ class TurnRequested:
     expected_output_tokens: int | None = None
     priority: int = 0
     sandbox: bool = False  # the program acts in a sandbox that can be prepared ahead
+    age_s: float = 0.0  # since its program first asked, where that was under another name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

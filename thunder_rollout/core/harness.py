@@ -76,6 +76,7 @@ class Harness:
         sandbox: bool = False,
         group: str | None = None,
         task_kind: str | None = None,
+        age_s: float = 0.0,
     ) -> list[Decision]:
         self._num_requests += 1
         return self.send(
@@ -87,6 +88,7 @@ class Harness:
                 sandbox=sandbox,
                 task_kind=task_kind,
                 group=group,
+                age_s=age_s,
             )
         )
 

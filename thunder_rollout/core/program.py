@@ -176,7 +176,7 @@ class Program:
     def arrive(self, event: TurnRequested, now: float) -> None:
         """With its first request, which `request` adds."""
         self._require(not self.has_open and not self.ran, "arrive")
-        self.arrived_s = now
+        self.arrived_s = now - event.age_s
         self.group = event.group
         self.task_kind = event.task_kind or self.task_kind
 

@@ -177,6 +177,16 @@ def test_the_queue_is_in_order_of_arrival_not_of_length() -> None:
     assert who(shell.send(ProgramEnded(program="keeper"))) == ["long"]
 
 
+def test_a_program_that_comes_back_under_a_new_name_is_as_old_as_its_shell_says() -> None:
+    shell = adaptive()
+    shell.now = 10.0
+    shell.ask("keeper", 800)
+    shell.ask("other", 600)
+    shell.now = 20.0
+    shell.ask("again", 600, age_s=15.0)
+    assert shell.scheduler.waiting_order() == ["again", "other"]
+
+
 def test_a_backend_is_kept_for_who_waits_too_long() -> None:
     shell = adaptive(patience_s=5.0)
     shell.ask("keeper", 500, task_kind="keeper")

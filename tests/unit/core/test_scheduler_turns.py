@@ -188,6 +188,7 @@ def test_tools_are_noted() -> None:
 
 BAD: list[tuple[Event, str]] = [
     (TurnRequested(program="p", request="new", prompt_tokens=0), "prompt_tokens=0: must be >= 1"),
+    (TurnRequested(program="new", request="r", prompt_tokens=5, age_s=-1.0), "age_s=-1.0: must be >= 0"),
     (TurnRequested(program="p", request="r1", prompt_tokens=5), "request='r1': already open"),
     (TurnRequested(program="q", request="r2", prompt_tokens=5), "request='r2': already open"),
     (TurnStarted(program="p", grant=9), "grant=9: not current"),

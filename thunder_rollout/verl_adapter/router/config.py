@@ -21,7 +21,7 @@ class RouterConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     poll_s: float = 1.0  # replicas are asked for their state, besides at the end of each turn
     orphan_s: float = 60.0  # a granted turn that its replica has not had for so long has lost its caller
-    forget_after_s: float = 600.0  # a program idle for so long leaves the books; its next turn opens new ones
+    forget_after_s: float = 600.0  # a program idle for so long leaves the books; it may come back, as old as it was
     capacity_tokens: int | None = None  # KV tokens of one SGLang or TensorRT-LLM replica
     block_size: int = 16  # of such a replica
 

@@ -24,6 +24,7 @@ from thunder_rollout.engine.hashing import ROOT_HASH, BlockHasher, chain_hash
 VALIDATION = "validation"  # kind of task of validation traffic
 HEAD_TOKENS = 64  # of a program's first prompt, by which it is known again
 HASHER_IDLE_S = 60.0  # an idle program's prompt is not kept for longer; hashing it anew costs milliseconds
+MAX_PUT_AWAY = 100_000  # programs whose arrival is remembered
 _MEAN_TURNS = 50  # the running mean of growth forgets at this pace
 
 
@@ -38,6 +39,7 @@ class ProgramRecord:
     head: list[int]
     first_tokens: int
     first_hash: int
+    arrived_s: float
     prompt_tokens: int = 0
     num_open: int = 0  # requests that wait and turns in flight
     was_cut: bool = False  # its last turn was
@@ -53,6 +55,18 @@ class ProgramRecord:
             await asyncio.wait(set(self.ending))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _PutAway:
+    """What is kept of a program that was idle for long."""
+
+    head_tokens: int
+    head_hash: int
+    arrived_s: float
+
+    def is_of(self, prompt_ids: list[int]) -> bool:
+        return chain_hash(ROOT_HASH, prompt_ids[: self.head_tokens]) == self.head_hash
+
+
 class Programs:
     """`block_size` None: nobody looks at hashes."""
 
@@ -61,6 +75,7 @@ class Programs:
         self.placeholder_ids: frozenset[int] = frozenset()
         self._current: dict[str, ProgramRecord] = {}  # by request id
         self._idle: OrderedDict[str, ProgramRecord] = OrderedDict()  # by name, longest idle first
+        self._put_away: OrderedDict[str, _PutAway] = OrderedDict()  # by request id, longest ago first
         self._numbers = itertools.count()
         self._growth: defaultdict[str | None, _Mean] = defaultdict(_Mean)
 
@@ -72,14 +87,20 @@ class Programs:
         return self._current.get(request_id)
 
     def recognise(
-        self, request_id: str, prompt_ids: list[int], *, is_validation: bool = False, version: Any = None
+        self,
+        request_id: str,
+        prompt_ids: list[int],
+        *,
+        is_validation: bool = False,
+        version: Any = None,
+        now: float = 0.0,
     ) -> tuple[ProgramRecord, ProgramRecord | None]:
         """The request's program, and the one that is over with it, if any. Counts as open from now on."""
         record, before = self._current.get(request_id), None
         if record is not None and not _is_of(record, prompt_ids):
             record.is_over, before, record = True, record, None
         if record is None:
-            record = self._open(request_id, prompt_ids, VALIDATION if is_validation else None, version)
+            record = self._open(request_id, prompt_ids, VALIDATION if is_validation else None, version, now)
         elif not record.was_cut and not record.num_open:
             self._growth[record.kind].add(len(prompt_ids) - record.prompt_tokens)
         record.prompt_tokens = len(prompt_ids)
@@ -87,7 +108,7 @@ class Programs:
         self._idle.pop(record.name, None)
         return record, before
 
-    def request(self, record: ProgramRecord, prompt_ids: list[int]) -> TurnRequested:
+    def request(self, record: ProgramRecord, prompt_ids: list[int], *, now: float = 0.0) -> TurnRequested:
         hashes: tuple[int, ...] | None = None
         if self.block_size is not None and self.placeholder_ids.isdisjoint(prompt_ids):
             record.hasher = record.hasher or BlockHasher(self.block_size)
@@ -99,6 +120,7 @@ class Programs:
             block_hashes=hashes,
             group=record.group,
             task_kind=record.kind,
+            age_s=max(0.0, now - record.arrived_s),
         )
 
     def expected_growth(self, record: ProgramRecord, max_tokens: int | None) -> int:
@@ -119,6 +141,15 @@ class Programs:
         if self._current.get(record.request_id) is record:
             del self._current[record.request_id]
 
+    def put_away(self, record: ProgramRecord) -> None:
+        """Forget it but for when it came: if its name comes back with its head, it is as old as it was."""
+        self.forget(record)
+        self._put_away[record.request_id] = _PutAway(
+            head_tokens=len(record.head), head_hash=chain_hash(ROOT_HASH, record.head), arrived_s=record.arrived_s
+        )
+        if len(self._put_away) > MAX_PUT_AWAY:
+            self._put_away.popitem(last=False)
+
     def idle_for(self, after_s: float, now: float) -> list[ProgramRecord]:
         """Programs with nothing open for so long; those idle for a while give their hashers up."""
         for record in self._idle.values():
@@ -128,7 +159,10 @@ class Programs:
         is_long = lambda record: now - record.idle_since_s >= after_s
         return list(itertools.takewhile(is_long, self._idle.values()))
 
-    def _open(self, request_id: str, prompt_ids: list[int], kind: str | None, version: Any) -> ProgramRecord:
+    def _open(
+        self, request_id: str, prompt_ids: list[int], kind: str | None, version: Any, now: float
+    ) -> ProgramRecord:
+        before = self._put_away.pop(request_id, None)
         first_hash = chain_hash(ROOT_HASH, prompt_ids)
         is_text = self.placeholder_ids.isdisjoint(prompt_ids)  # equal ids of images do not mean equal images
         record = self._current[request_id] = ProgramRecord(
@@ -139,6 +173,7 @@ class Programs:
             head=prompt_ids[:HEAD_TOKENS],
             first_tokens=len(prompt_ids),
             first_hash=first_hash,
+            arrived_s=before.arrived_s if before is not None and before.is_of(prompt_ids) else now,
         )
         return record
 

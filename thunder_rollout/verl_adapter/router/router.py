@@ -163,7 +163,7 @@ class Router:
         for server_id, state in states.items():
             self._reclaim(server_id, state)
         for record in self._programs.idle_for(self._config.forget_after_s, self._clock()):
-            self._programs.forget(record)
+            self._programs.put_away(record)
             self._service.close(record.name, reason="idle")
         self._service.metrics()  # the mean of the imbalance is of the moments when it was asked for
 
@@ -201,11 +201,12 @@ class Router:
             prompt_ids,
             is_validation=self._pool.is_validation(sampling_params),
             version=self._pool.version,
+            now=self._clock(),
         )
         if over is not None and not over.num_open:
             self._service.close(over.name, reason="it is over")
         try:
-            grant = await self._service.admit(self._programs.request(record, prompt_ids))
+            grant = await self._service.admit(self._programs.request(record, prompt_ids, now=self._clock()))
         except BaseException as error:
             self._close_request(record)
             if isinstance(error, EngineDied):

@@ -18,7 +18,7 @@ ADAPTIVE = AdaptiveConfig(silent_ends=True, prior_growth=0.0, least_fill=1.0)  #
 
 class Clock:
     def __init__(self) -> None:
-        self.now = 0.0
+        self.now = 1000.0  # as any monotonic clock, it does not begin with the router
 
     def __call__(self) -> float:
         return self.now

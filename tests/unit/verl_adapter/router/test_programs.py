@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from thunder_rollout.verl_adapter.router.programs import HASHER_IDLE_S, HEAD_TOKENS, ProgramRecord, Programs
 
 FIRST = list(range(100))
@@ -63,6 +65,33 @@ def test_an_idle_programs_prompt_is_not_kept() -> None:
     assert record.hasher is None
     record, _ = programs.recognise("p", [*FIRST, 1])
     assert programs.request(record, [*FIRST, 1]).block_hashes == hashes
+
+
+@pytest.mark.parametrize("first_tokens", [100, 10])
+@pytest.mark.parametrize(("prompt", "arrived_s"), [([*FIRST, 1], 5.0), ([9] * 100, 700.0)])
+def test_a_program_that_was_put_away_comes_back_as_old_as_it_was(
+    first_tokens: int, prompt: list[int], arrived_s: float
+) -> None:
+    programs = Programs()
+    record, _ = programs.recognise("p", FIRST[:first_tokens], now=5.0)
+    programs.closed(record, 6.0)
+    programs.put_away(record)
+    again, _ = programs.recognise("p", prompt, now=700.0)
+    assert (again is record, programs.request(again, prompt, now=710.0).age_s) == (False, 710.0 - arrived_s)
+    programs.forget(again)
+    last, _ = programs.recognise("p", prompt, now=800.0)
+    assert last.arrived_s == 800.0, "who is over is not remembered"
+
+
+def test_so_many_that_were_put_away_are_remembered_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("thunder_rollout.verl_adapter.router.programs.MAX_PUT_AWAY", 2)
+    programs = Programs()
+    for name in ("a", "b", "c"):
+        record, _ = programs.recognise(name, FIRST, now=1.0)
+        programs.closed(record, 1.0)
+        programs.put_away(record)
+    arrived = [programs.recognise(name, FIRST, now=2.0)[0].arrived_s for name in ("a", "b", "c")]
+    assert arrived == [2.0, 1.0, 1.0]
 
 
 def test_programs_idle_for_long_are_named_once_forgotten_never() -> None:

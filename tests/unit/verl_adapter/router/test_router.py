@@ -347,6 +347,7 @@ async def test_a_program_idle_for_long_leaves_the_books_and_may_come_back(make_s
     await shell.poll(after_s=2.0)
     assert shell.scheduler.num_programs == 0
     assert await shell.acquire("p", 130) == "a"
+    assert shell.core.programs["p@1"].arrived_s == 0.0, "as old as it was"
 
 
 # Validation, groups, images
