@@ -112,6 +112,7 @@ def test_a_server_that_dies_is_left_out(actors: list[Any]) -> None:
     ray.kill(server)
     router.release_server.remote(server_id="a:1", request_id="p")
     wait_until(lambda: ray.get(router.get_all_servers.remote()) == [])
+    assert list(ray.get(router.lost_servers.remote())) == ["a:1"]
     with pytest.raises(RuntimeError, match="No available servers in load balancer"):
         ray.get(acquire(router, "p"))
 

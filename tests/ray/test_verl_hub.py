@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import pytest
 import ray
@@ -21,6 +22,7 @@ from thunder_rollout.tasks.toy import generate
 from thunder_rollout.verl_adapter.crew import HubStages, Stage
 from thunder_rollout.verl_adapter.hub import RemoteHub, find_hub
 from thunder_rollout.verl_adapter.settings import SweSettings, read_settings
+from thunder_rollout.verl_adapter.watch import RolloutDied, TrainersWatch
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -65,6 +67,13 @@ async def gone() -> None:
     async with asyncio.timeout(20):
         while find_hub() is not None:  # noqa: ASYNC110  Ray tells nobody
             await asyncio.sleep(0.05)
+
+
+async def forever(check: Callable[[], None]) -> None:
+    async with asyncio.timeout(30):
+        while True:
+            check()
+            await asyncio.sleep(0.1)
 
 
 async def play(stage: Stage, program: str) -> Played:
@@ -116,17 +125,54 @@ async def test_hosts_that_were_killed_are_started_again_for_the_next_attempt(set
     assert (await play(await stages.stage(TASK), "after")).verdict.resolved
 
 
-async def test_the_hub_tells_of_a_worker_that_was_killed(settings: SweSettings) -> None:
-    @ray.remote(num_cpus=0)
-    class Worker: ...
+async def test_a_hub_that_somebody_else_started_anew_hears_what_is_to_come(settings: SweSettings) -> None:
+    first = RemoteHub(settings.sandbox)
+    ray.kill(find_hub())
+    await gone()
+    second = RemoteHub(settings.sandbox)
+    for hub in (first, second):
+        hub.expect(["image"])
+        hub.count_failure("sandbox_failed")
+    async with asyncio.timeout(20):
+        num_failures = 0.0
+        while num_failures < 2:
+            num_failures += (await find_hub().figures.remote())["thunder/failures/all"]
+            await asyncio.sleep(0.05)
 
-    workers = {name: Worker.remote() for name in ("a", "b")}
-    started = RemoteHub(settings.sandbox)
-    started.watch(workers)
-    hub = find_hub()
-    assert await hub.lost_workers.remote() == []
-    ray.kill(workers["b"])
-    async with asyncio.timeout(30):
-        while not (lost := await hub.lost_workers.remote()):  # noqa: ASYNC110
-            await asyncio.sleep(0.1)
-    assert [why.partition(":")[0] for why in lost] == ["b"]
+
+@ray.remote(num_cpus=0)
+class Worker: ...
+
+
+@ray.remote(num_cpus=0)
+class Router:
+    """What the watch asks of a `ProgramRouter`."""
+
+    def __init__(self) -> None:
+        self._lost: dict[str, str] = {}
+
+    async def lost_servers(self) -> dict[str, str]:
+        return self._lost
+
+    async def lose(self, name: str) -> None:
+        self._lost[name] = "its engine core died"
+
+
+@pytest.mark.parametrize("victim", ["worker", "replica", "router"])
+async def test_the_trainer_is_told_what_of_its_rollout_was_killed(victim: str, request: Any) -> None:
+    workers, router = {name: Worker.remote() for name in ("a", "b")}, Router.remote()
+    watch = TrainersWatch(workers, router, endless=[])
+    watch.start()
+    request.addfinalizer(watch.stop)
+    await asyncio.gather(*(worker.__ray_ready__.remote() for worker in workers.values()), router.lost_servers.remote())
+    watch.check()
+    match victim:
+        case "worker":
+            ray.kill(workers["b"])
+        case "replica":
+            await router.lose.remote("replica0")
+        case "router":
+            ray.kill(router)
+    expected = {"worker": "b is gone", "replica": "rollout replica replica0: its engine core died"}
+    with pytest.raises(RolloutDied, match=expected.get(victim, "the router is gone")):
+        await forever(watch.check)

@@ -16,7 +16,9 @@ from tests.support.verl_fakes import VERSION, Balancer, FakeStages, ScriptedServ
 from tests.unit.agent.conftest import byte_tokenizer
 from thunder_rollout.agent.actions import format_observation
 from thunder_rollout.agent.chat import ChatFormat
-from thunder_rollout.errors import EngineDied, EngineFailed, Stale, TaskError
+from thunder_rollout.errors import EngineDied, EngineFailed, GradingFailed, SandboxFailed, Stale, TaskError
+from thunder_rollout.runtime import episode
+from thunder_rollout.tasks.grading import Grade
 from thunder_rollout.tasks.toy import generate
 from thunder_rollout.tasks.verl_rows import verl_row
 from thunder_rollout.verl_adapter.agent_loop import SweAgentLoop
@@ -54,6 +56,7 @@ class Stand:
         client_cls: type[LLMServerClient] = LLMServerClient,
         logprobs: bool = True,
         heard: list[tuple[str, ...]] | None = None,
+        retry_pause_s: float = 0.0,
     ) -> None:
         self.tokenizer = tokenizer or byte_tokenizer()
         self.config: DictConfig = verl_config(*LIMITS, *overrides)
@@ -62,7 +65,13 @@ class Stand:
         self.balancer = Balancer(self.server, heard=heard)
         self.stages = FakeStages()
         client = client_of(self.config, self.balancer, client_cls)
-        crew = Crew(settings=read_settings(settings), client=RoutedClient(client), chat=self.chat, stages=self.stages)
+        crew = Crew(
+            settings=read_settings(settings),
+            client=RoutedClient(client),
+            chat=self.chat,
+            stages=self.stages,
+            retry_pause_s=retry_pause_s,
+        )
         self.loop = SweAgentLoop(
             trainer_config=DictConfigWrap(self.config),
             server_manager=client,
@@ -221,6 +230,44 @@ async def test_a_failure_that_stays_is_raised_to_a_trainer_that_can_do_without_t
     with pytest.raises(EngineDied):
         await stand.play()
     assert len(stand.stages.failures) == 3
+
+
+@pytest.mark.parametrize("texts", [[RayActorError()], [bash("ls"), RayActorError()]])
+async def test_a_sample_is_not_given_up_before_a_dead_replica_is_known(texts: list[str | Exception]) -> None:
+    stand = Stand(texts, V1, settings={"max_attempts": 1}, retry_pause_s=1000.0)
+    playing = asyncio.create_task(stand.play())
+    while not stand.stages.failures:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert not playing.done()
+    playing.cancel()
+
+
+async def test_an_episode_whose_graders_host_died_is_played_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand = Stand([bash("ls"), SUBMIT, bash("ls"), SUBMIT])
+    graded: list[str] = []
+
+    async def grade_where_hosts_die_once(*given: Any, **named: Any) -> Grade:
+        graded.append("once")
+        if len(graded) == 1:
+            raise GradingFailed("the grading sandbox failed") from SandboxFailed("no sandbox host is left")
+        return Grade(resolved=True, reward=1.0, reason="resolved")
+
+    monkeypatch.setattr(episode, "grade", grade_where_hosts_die_once)
+    output = await stand.play()
+    assert (output.reward_score, output.extra_fields["thunder"]["attempts"]) == (1.0, 2.0)
+
+
+async def test_an_episode_that_can_not_be_graded_is_not_played_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand = Stand([bash("ls"), SUBMIT], V1)
+
+    async def grade_never(*given: Any, **named: Any) -> Grade:
+        raise GradingFailed("the tests run out of time even without a patch")
+
+    monkeypatch.setattr(episode, "grade", grade_never)
+    with pytest.raises(GradingFailed):
+        await stand.play()
 
 
 async def test_a_failure_that_stays_is_a_masked_row_where_the_trainer_needs_one() -> None:

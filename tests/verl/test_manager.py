@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 from pyarrow import parquet
+from verl.checkpoint_engine import CheckpointEngineManager
 from verl.protocol import DataProto
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 from verl.utils import tensordict_utils as tu
 from verl.utils.import_utils import load_class_from_fqn, load_extern_type
+from verl.workers.config import CheckpointEngineConfig
 
 from tests.support.verl_fakes import verl_config
 from thunder_rollout.errors import ConfigError
@@ -25,6 +28,7 @@ from thunder_rollout.verl_adapter import sampler
 from thunder_rollout.verl_adapter.batches import images_of, images_of_files, settle_failed_rows
 from thunder_rollout.verl_adapter.manager import Manager, ManagerV0, ManagerV1
 from thunder_rollout.verl_adapter.sampler import make_sampler
+from thunder_rollout.verl_adapter.watch import is_inside
 
 GIVEN = {"max_off_policy_threshold": 8, "max_off_policy_strategy": "drop", "refill_fn": lambda count: count}
 
@@ -114,6 +118,33 @@ def test_a_batch_tells_the_hub_what_images_come_in_their_order(validate: bool, s
     with pytest.raises(ValueError):  # verl's own part, which has nobody to hand the rows to
         manager.generate_sequences(batch)
     assert manager.hub.expected == ["a"] * samples + ["b"] * samples
+
+
+def test_a_trainer_that_hands_weights_to_a_dead_replica_is_found_waiting() -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    class Actors:
+        """Blocks as a rank does whose replica takes no weights."""
+
+        def update_weights(self, **given: Any) -> None:
+            entered.set()
+            leave.wait()
+            raise RuntimeError("the test is over")
+
+    engine = CheckpointEngineManager(CheckpointEngineConfig(backend="naive"), actor_wg=Actors(), replicas=[])
+
+    def train() -> None:
+        with pytest.raises(RuntimeError):
+            engine.update_weights(1)
+
+    assert not is_inside(module.ENDLESS_WAITS)
+    trainer = threading.Thread(target=train)
+    trainer.start()
+    entered.wait()
+    assert is_inside(module.ENDLESS_WAITS)
+    leave.set()
+    trainer.join()
+    assert not is_inside(module.ENDLESS_WAITS)
 
 
 def test_figures_are_read_of_the_rows_as_the_queue_gives_them(monkeypatch: pytest.MonkeyPatch) -> None:

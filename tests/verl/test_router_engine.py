@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 from omegaconf import DictConfig, OmegaConf
@@ -113,3 +115,17 @@ async def test_what_the_router_reads_is_the_engines_own(manager: LLMServerManage
     )
     assert port == [((blocks - 1) * 32, 32)]
     assert (blocks - 1) * 32 == KV_TOKENS
+
+
+@pytest.mark.timeout(300)
+async def test_a_replica_whose_engine_core_was_killed_is_told_as_lost(manager: LLMServerManager) -> None:
+    router, client = manager.global_load_balancer, manager.get_client()
+    await turn(client, 0, prompt(0))
+    assert await router.lost_servers.remote() == {}
+    pid = await manager.get_replicas()[0].servers[0].__ray_call__.remote(lambda self: os.getpid())
+    (core,) = [child for child in psutil.Process(pid).children() if child.name().startswith("VLLM::")]
+    core.kill()
+    lost = await until(router.lost_servers.remote, bool)
+    assert list(lost.values()) == ["its engine core died"]
+    with pytest.raises(RuntimeError, match="No available servers"):
+        await turn(client, 0, prompt(0))

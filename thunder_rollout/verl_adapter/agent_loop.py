@@ -30,7 +30,7 @@ from thunder_rollout.tasks.task import Task
 from thunder_rollout.tasks.verl_rows import task_of_verl_row
 from thunder_rollout.verl_adapter.chat import ContinuousChat
 from thunder_rollout.verl_adapter.client import VerlModel
-from thunder_rollout.verl_adapter.crew import Crew, SandboxHosts, make_crew
+from thunder_rollout.verl_adapter.crew import Crew, SandboxHosts, lost_its_sandbox, make_crew
 from thunder_rollout.verl_adapter.output import failed_row, played_row
 from thunder_rollout.verl_adapter.settings import read_settings
 from thunder_rollout.verl_adapter.staleness import stale_from
@@ -79,8 +79,10 @@ class SweAgentLoop(AgentLoopBase):
             except InfrastructureFailure as failure:
                 logger.warning("program=%s attempt=%d: %s", model.program, attempts, failure)
                 self._crew.stages.failed(failure)
-                is_in_vain = isinstance(failure, GradingFailed | Stale)  # grading was tried again already
-                if is_in_vain or attempts >= self._crew.settings.max_attempts:
+                if _is_in_vain(failure):
+                    raise
+                await asyncio.sleep(self._crew.retry_pause_s)
+                if attempts >= self._crew.settings.max_attempts:
                     raise
         raise AssertionError("unreachable")
 
@@ -126,6 +128,11 @@ async def _with_sandbox(hosts: SandboxHosts, model: VerlModel, spec: SandboxSpec
             task.cancel()
         await asyncio.gather(*starting, return_exceptions=True)  # who used the sandbox has heard
         await asyncio.shield(hosts.release(model.program))
+
+
+def _is_in_vain(failure: InfrastructureFailure) -> bool:
+    """Whether another attempt would fail as well. Grading was tried again already, but on the same hosts."""
+    return isinstance(failure, Stale) or (isinstance(failure, GradingFailed) and not lost_its_sandbox(failure))
 
 
 class _Raw:

@@ -17,6 +17,8 @@ from thunder_rollout.verl_adapter.hub import RemoteHub
 from thunder_rollout.verl_adapter.settings import SweSettings
 from thunder_rollout.verl_adapter.versions import require_tested_verl
 
+RETRY_PAUSE_S = 5.0
+
 
 class SandboxHosts(SandboxSource, Protocol):
     async def prepare(self, program: str, spec: SandboxSpec) -> float:
@@ -49,10 +51,14 @@ class Stages(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Crew:
+    """`retry_pause_s` follows each attempt that the machinery failed, the last one too: hosts are up again by then,
+    and a dead replica is known to the trainer before the samples it had are given up."""
+
     settings: SweSettings
     client: RoutedClient
     chat: ChatFormat
     stages: Stages
+    retry_pause_s: float = RETRY_PAUSE_S
 
 
 class HubStages:
@@ -87,7 +93,7 @@ class HubStages:
     def failed(self, failure: InfrastructureFailure) -> None:
         if self._hub is not None:
             self._hub.count_failure(failure.kind)
-        if isinstance(failure, SandboxFailed):
+        if lost_its_sandbox(failure):
             self._stage = None  # the hosts may be gone, and others by now
 
     async def _set_up(self, image: str) -> Stage:
@@ -103,6 +109,11 @@ class HubStages:
             grading_attempts=settings.max_attempts,
         )
         return Stage(hosts=hosts, player=EpisodePlayer(episodes, hosts), backend=fleet.backend)
+
+
+def lost_its_sandbox(failure: InfrastructureFailure) -> bool:
+    """The agent's, or the grader's."""
+    return isinstance(failure, SandboxFailed) or isinstance(failure.__cause__, SandboxFailed)
 
 
 def make_crew(settings: SweSettings, client: Any, tokenizer: Any) -> Crew:

@@ -8,7 +8,6 @@ asks again, and gets those of a new hub where the old one is dead.
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import os
 import uuid
@@ -19,7 +18,7 @@ from typing import Any, Protocol
 
 import ray
 
-from thunder_rollout.errors import EngineDied, InfrastructureFailure, SandboxFailed, Stale
+from thunder_rollout.errors import SandboxFailed, Stale
 from thunder_rollout.remote import remote_call
 from thunder_rollout.sandbox.actor import create_sandbox_fleet
 from thunder_rollout.sandbox.config import SandboxConfig
@@ -28,13 +27,6 @@ from thunder_rollout.sandbox.remote import FleetHandles, RemoteSandboxHosts
 logger = logging.getLogger(__name__)
 
 MAX_CONCURRENCY = 10_000
-WATCH_S = 2.0
-
-
-class AgentWorkerDied(InfrastructureFailure):
-    """A process that ran agent loops is gone, and the samples it had with it."""
-
-    kind = "agent_worker_died"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,9 +72,6 @@ class Hub:
         self._keeping: asyncio.Task[None] | None = None
         self._images: list[str] = []  # of the samples to come, in their order
         self._failures: Counter[str] = Counter()
-        self._router: Any = None
-        self._watching: list[asyncio.Task[None]] = []
-        self._lost_workers: list[str] = []
 
     async def fleet(self, images: list[str]) -> Fleet:
         """Started by the first caller, and again by one that comes when all hosts are gone. Raises `ConfigError`,
@@ -118,37 +107,14 @@ class Hub:
     def count_failure(self, kind: str) -> None:
         self._failures[kind] += 1
 
-    def know_router(self, router: Any) -> None:
-        """The handle of a `ProgramRouter`, whose figures are given with the others."""
-        self._router = router
-
-    def watch(self, workers: dict[str, Callable[[], Awaitable[None]]]) -> None:
-        """`workers` are calls that the agent loop workers answer while they live, by name."""
-        self._watching += [asyncio.create_task(self._watch(name, call)) for name, call in workers.items()]
-
-    def lost_workers(self) -> list[str]:
-        """Why each that is gone is: the samples it had will never end, and verl waits for them for ever."""
-        return list(self._lost_workers)
-
-    async def _watch(self, name: str, call: Callable[[], Awaitable[None]]) -> None:
-        while True:
-            try:
-                await call()
-            except AgentWorkerDied as error:
-                self._lost_workers.append(f"{name}: {error}")
-                return
-            await asyncio.sleep(WATCH_S)
-
     async def figures(self) -> dict[str, float]:
-        """Failures since the last call, sandboxes now, and the router's own."""
+        """Failures since the last call, and sandboxes now."""
         failures, self._failures = self._failures, Counter()
         values = {"thunder/stale": float(failures.pop(Stale.kind, 0))}  # the trainer's doing, not a failure
         values |= {f"thunder/failures/{kind}": float(count) for kind, count in failures.items()}
         values["thunder/failures/all"] = float(failures.total())
         if self._hosts is not None and await self._hosts.any_lives():
             values["thunder/sandboxes"] = float(await self._hosts.num_running())
-        if self._router is not None:
-            values |= await remote_call(self._router.metrics.remote(), died=EngineDied, what="the router")
         return values
 
 
@@ -185,15 +151,6 @@ class HubActor:
     async def count_failure(self, kind: str) -> None:
         self._hub.count_failure(kind)
 
-    async def know_router(self, router: Any) -> None:
-        self._hub.know_router(router)
-
-    async def watch(self, workers: dict[str, Any]) -> None:
-        self._hub.watch({name: functools.partial(_answers, handle) for name, handle in workers.items()})
-
-    async def lost_workers(self) -> list[str]:
-        return self._hub.lost_workers()
-
     async def figures(self) -> dict[str, float]:
         return await self._hub.figures()
 
@@ -227,7 +184,12 @@ class RemoteHub:
         return cls.options(name=hub_name(), get_if_exists=True).remote(self._config)
 
     def expect(self, images: list[str]) -> None:
-        """See `Hub.expect`. This and the others are hints: nobody waits for them."""
+        """See `Hub.expect`, of the hub there is by now. This and the others are hints: nobody waits for them."""
+        found = find_hub()
+        if found is None:
+            self._handle = self._found_or_started()
+        elif found._actor_id != self._handle._actor_id:  # what was started here is dead, and replaced elsewhere
+            self._handle = found
         self._handle.expect.remote(images)
 
     def sample_started(self, image: str) -> None:
@@ -238,13 +200,6 @@ class RemoteHub:
 
     def count_failure(self, kind: str) -> None:
         self._handle.count_failure.remote(kind)
-
-    def know_router(self, router: Any) -> None:
-        self._handle.know_router.remote(router)
-
-    def watch(self, workers: dict[str, Any]) -> None:
-        """`workers` are handles."""
-        self._handle.watch.remote(workers)
 
 
 def hub_name() -> str:
@@ -258,13 +213,6 @@ def find_hub() -> Any | None:
         return ray.get_actor(hub_name())
     except ValueError:
         return None
-
-
-async def _answers(handle: Any) -> None:
-    await remote_call(handle.__ray_call__.remote(_nothing), died=AgentWorkerDied, what="the agent loop worker")
-
-
-def _nothing(worker: Any) -> None: ...
 
 
 async def _open_fleet(config: SandboxConfig, images: list[str]) -> Fleet:

@@ -5,7 +5,8 @@ verl's own managers, with three things beside them. The router is ours: where `r
 none, one is made of `conf/verl/thunder_router.yaml` over verl's servers. The agent loops are those of
 `conf/verl/thunder_swe.yaml` unless `agent.agent_loop_config_path` names others. And the job's hub belongs to
 the trainer's process, so that no agent loop worker's death ends the sandboxes of others; it knows the images
-of the samples to come in their order, and tells `sampler` of workers that died.
+of the samples to come in their order. Workers, router and replicas are watched from there too (see `watch`), for
+verl starts none of them again.
 
 V1 (TransferQueue, sync and async) and V0 (DataProto). Partial rollouts and the bound on staleness are verl's
 own: its client resumes what a weight update cuts, its sampler drops what is too old (see `staleness`).
@@ -17,9 +18,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
+from verl.checkpoint_engine import CheckpointEngineManager
 from verl.experimental.agent_loop.agent_loop import AgentLoopManager
 from verl.protocol import DataProto
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.utils.import_utils import resolve_config_path
 from verl.utils.ray_utils import auto_await
 from verl.workers.rollout.router import get_router_handle
@@ -32,8 +35,11 @@ from thunder_rollout.verl_adapter.figures import thunder_figures
 from thunder_rollout.verl_adapter.hub import RemoteHub
 from thunder_rollout.verl_adapter.settings import SweSettings, read_settings
 from thunder_rollout.verl_adapter.versions import require_tested_verl
+from thunder_rollout.verl_adapter.watch import TrainersWatch, set_watch
 
 OUR_ROUTER = "thunder_rollout.verl_adapter.ProgramRouter"
+# Of verl: for samples of a worker that is gone, and for a replica that is gone to take new weights.
+ENDLESS_WAITS = (ReplayBuffer._wait_for_next_poll, CheckpointEngineManager.update_weights)
 
 
 class Manager:
@@ -55,11 +61,14 @@ class _Thunder(AgentLoopManager):
             agent = self.config.actor_rollout_ref.rollout.agent
             agent.agent_loop_config_path = agent.agent_loop_config_path or str(conf_dir() / "verl/thunder_swe.yaml")
         self.hub = RemoteHub(loop_settings(agent.agent_loop_config_path).sandbox)
-        self.hub.know_router(await self._our_router())
+        router = await self._our_router()
         if images := images_of_files(self._data_files()):
             await self.hub.fleet(images)  # what is wrong with sandboxes is told before anything is generated
         await super()._init_agent_loop_workers()
-        self.hub.watch({f"agent loop worker {i}": worker for i, worker in enumerate(self.agent_loop_workers)})
+        workers = {f"agent loop worker {i}": worker for i, worker in enumerate(self.agent_loop_workers)}
+        watch = TrainersWatch(workers, router, ENDLESS_WAITS)
+        watch.start()
+        set_watch(watch)
 
     def _data_files(self) -> list[str]:
         data = self.config.data

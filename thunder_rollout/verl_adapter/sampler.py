@@ -1,4 +1,4 @@
-"""verl's replay buffers, which also log what the rollout of the batch was like, and notice dead workers.
+"""verl's replay buffers, which also log what the rollout of the batch was like, and end a run that lost a part of it.
 
 verl's V1 trainers have no way for a manager to log; what a sampler returns beside the batch they do log. Set
 
@@ -12,36 +12,35 @@ argument of verl's `ReplayBuffer` may stand (`poll_interval` too, which verl off
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import ray
 import transfer_queue as tq
+from ray.exceptions import RayActorError
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 
 from thunder_rollout.errors import ConfigError
 from thunder_rollout.verl_adapter.figures import agent_loop_timing, thunder_figures
-from thunder_rollout.verl_adapter.hub import AgentWorkerDied, find_hub
+from thunder_rollout.verl_adapter.hub import find_hub
+from thunder_rollout.verl_adapter.watch import find_watch
 
 
 class _WithFigures(ReplayBuffer):
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict[str, Any]]:
-        """As verl's; validation is kept out of the figures."""
+        """As verl's; validation is kept out of the figures. Raises `RolloutDied`, for what a dead part of the rollout
+        had is either missing from the batch or waited for without end."""
         batch, metrics = super().sample(global_steps, partition_id, batch_size)
+        _require_rollout()
         if partition_id == "train":
             metrics = metrics | batch_figures(batch) | job_figures()
         return batch, metrics
 
     def _wait_for_next_poll(self, partition_id: str, last_debug_time: float) -> float:
-        """Raises `AgentWorkerDied`, for what a dead worker had verl would wait for without end."""
-        hub = find_hub()
-        if hub is not None and (lost := ray.get(hub.lost_workers.remote())):
-            raise AgentWorkerDied(
-                f"{'; '.join(lost)}. Start the run again: with trainer.resume_mode=auto it goes on from its last "
-                "checkpoint"
-            )
+        _require_rollout()
         waited: float = super()._wait_for_next_poll(partition_id, last_debug_time)
         return waited
 
@@ -77,7 +76,16 @@ def batch_figures(batch: KVBatchMeta) -> dict[str, float]:
 
 
 def job_figures() -> dict[str, float]:
-    """Of the machinery since the last call: failures by kind, sandboxes, and the router's own."""
-    hub = find_hub()
-    figures: dict[str, float] = ray.get(hub.figures.remote()) if hub is not None else {}
+    """Of the machinery since the last call: failures by kind, sandboxes, and the router's own. A part that dies
+    meanwhile has none."""
+    figures: dict[str, float] = {}
+    hub, watch = find_hub(), find_watch()
+    for call in [*([hub.figures] if hub else []), *([watch.router.metrics] if watch else [])]:
+        with contextlib.suppress(RayActorError):
+            figures |= ray.get(call.remote())
     return figures
+
+
+def _require_rollout() -> None:
+    if (watch := find_watch()) is not None:
+        watch.check()

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 
 from thunder_rollout.errors import SandboxFailed
 from thunder_rollout.sandbox.remote import FleetHandles
-from thunder_rollout.verl_adapter.hub import AgentWorkerDied, Fleet, Hub
+from thunder_rollout.verl_adapter.hub import Fleet, Hub
 
 FLEET = Fleet(run="r", handles=FleetHandles(fleet=None, hosts=()), backend="fake")
 
@@ -55,20 +54,6 @@ class Opened:
         return FLEET
 
 
-@dataclass
-class Router:
-    """A handle of a router's actor."""
-
-    values: dict[str, float]
-
-    @property
-    def metrics(self) -> Any:
-        return self
-
-    async def remote(self) -> dict[str, float]:
-        return self.values
-
-
 async def test_hosts_are_started_once_however_many_ask() -> None:
     opened = Opened()
     hub = Hub(opened, lambda _: Hosts())
@@ -111,35 +96,14 @@ async def test_hosts_know_what_is_to_come_of_batches_that_overlap() -> None:
     assert hosts.events == ["started a", "finished a", "started never expected"]
 
 
-async def test_figures_count_failures_since_the_last_call_and_hold_the_routers() -> None:
+async def test_figures_count_failures_since_the_last_call() -> None:
     hub = Hub(Opened(), lambda _: Hosts())
     assert await hub.figures() == {"thunder/failures/all": 0.0, "thunder/stale": 0.0}
     await hub.fleet([])
-    hub.know_router(Router({"thunder/router/held_s": 2.0}))
     for kind in ("engine_died", "engine_died", "sandbox_failed", "stale"):
         hub.count_failure(kind)
     figures = await hub.figures()
     assert figures["thunder/failures/engine_died"] == 2.0
     assert (figures["thunder/failures/all"], figures["thunder/sandboxes"]) == (3.0, 3.0)
-    assert (figures["thunder/router/held_s"], figures["thunder/stale"]) == (2.0, 1.0)
+    assert figures["thunder/stale"] == 1.0
     assert (await hub.figures())["thunder/failures/all"] == 0.0
-
-
-async def test_a_worker_that_died_is_told_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("thunder_rollout.verl_adapter.hub.WATCH_S", 0.0)
-    answers = {"a": 3, "b": 1000}
-
-    def call(name: str) -> Any:
-        async def answer() -> None:
-            await asyncio.sleep(0)
-            answers[name] -= 1
-            if not answers[name]:
-                raise AgentWorkerDied("it was killed")
-
-        return answer
-
-    hub = Hub(Opened(), lambda _: Hosts())
-    hub.watch({name: call(name) for name in answers})
-    for _ in range(50):
-        await asyncio.sleep(0)
-    assert hub.lost_workers() == ["a: it was killed"]

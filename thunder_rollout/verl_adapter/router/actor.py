@@ -105,6 +105,9 @@ class ProgramRouter:
     async def get_all_servers(self) -> list[str]:
         return await self._call(self._router.servers)
 
+    async def lost_servers(self) -> dict[str, str]:
+        return await self._call(self._router.lost_servers)
+
     async def get_inflight_count(self, server_id: str) -> int:
         return await self._call(self._router.inflight, server_id)
 

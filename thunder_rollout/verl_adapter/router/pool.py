@@ -55,6 +55,7 @@ class ReplicaPool:
         self._clock = clock
         self._replicas: dict[str, Replica] = {}
         self._generations: dict[str, int] = {}
+        self.lost: dict[str, str] = {}  # why, of those that died; until verl removes them or brings others
         self.refreshed_s = float("-inf")
 
     def __len__(self) -> int:
@@ -88,13 +89,19 @@ class ReplicaPool:
         """Dead ones are left out. Raises `ConfigError` for a replica that can't be scheduled."""
         fresh = {name: port for name, port in ports.items() if name not in self._replicas}
         met = await asyncio.gather(*(_meet(name, port) for name, port in fresh.items()))
-        told = [(name, *facts_and_state) for name, facts_and_state in zip(fresh, met, strict=True) if facts_and_state]
-        for name, facts, state in told:
-            self._add(name, fresh[name], facts, state)
-        return [facts for _, facts, _ in told]
+        told = []
+        for name, answer in zip(fresh, met, strict=True):
+            if isinstance(answer, str):
+                logger.warning("replica=%s does not join: %s", name, answer)
+                self.lost[name] = answer
+            else:
+                self._add(name, fresh[name], *answer)
+                told.append(answer[0])
+        return told
 
     def leave(self, names: list[str], why: str) -> None:
         for name in names:
+            self.lost.pop(name, None)
             replica = self._replicas.pop(name, None)
             if replica is not None:
                 logger.info("replica=%s left: %s", name, why)
@@ -151,6 +158,7 @@ class ReplicaPool:
     def _add(self, name: str, port: ReplicaPort, facts: ReplicaFacts, state: ReplicaState) -> None:
         for warning in facts.warnings:
             logger.warning("replica=%s: %s", name, warning)
+        self.lost.pop(name, None)
         generation = self._generations[name] = self._generations.get(name, -1) + 1
         self._replicas[name] = Replica(
             name=name, port=port, facts=facts, generation=generation, version=state.version, is_shut=state.paused
@@ -177,6 +185,7 @@ class ReplicaPool:
     def _lose(self, replica: Replica, why: str) -> None:
         if self._replicas.get(replica.name) is replica:
             self.leave([replica.name], why)
+            self.lost[replica.name] = why
 
     def _apply(self, replica: Replica, state: ReplicaState) -> None:
         if self._replicas.get(replica.name) is not replica:
@@ -214,16 +223,13 @@ class ReplicaPool:
         self._handle(WeightsUpdated(backends=tuple(replica.name for replica in replicas), version=told))
 
 
-async def _meet(name: str, port: ReplicaPort) -> tuple[ReplicaFacts, ReplicaState] | None:
+async def _meet(name: str, port: ReplicaPort) -> tuple[ReplicaFacts, ReplicaState] | str:
+    """A dead one gives the reason instead."""
     try:
         async with asyncio.timeout(STATE_TIMEOUT_S):
             facts, state = await port.facts(), await port.state()
     except TimeoutError:
         raise TimeoutError(f"replica {name} did not tell what it is within {STATE_TIMEOUT_S:.0f} s") from None
     except EngineDied as error:
-        logger.warning("replica=%s does not join: %s", name, error)
-        return None
-    if state.broken is not None:
-        logger.warning("replica=%s does not join: %s", name, state.broken)
-        return None
-    return facts, state
+        return str(error)
+    return state.broken or (facts, state)

@@ -122,6 +122,10 @@ class Router:
     def servers(self) -> list[str]:
         return [*self._pool.names, *(name for name in self._joining if name not in self._pool)]
 
+    def lost_servers(self) -> dict[str, str]:
+        """Why each that died did; verl has neither removed it nor brought another of its name since."""
+        return dict(self._pool.lost)
+
     def inflight(self, server_id: str) -> int:
         return self._turns.count(server_id)
 

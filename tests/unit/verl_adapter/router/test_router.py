@@ -275,10 +275,12 @@ async def test_a_dead_server_is_left_out_from_the_first_sign(make_shell):
     assert shell.router.servers() == [other]
     assert await shell.acquire("p") == other
     assert list(shell.core.programs) == ["p@0"], "whoever asks again goes on"
+    assert list(shell.router.lost_servers()) == [server]
     shell.replicas[other].become(broken="its engine core died")
     await shell.poll()
     with pytest.raises(RuntimeError, match="No available servers"):
         await shell.acquire("p", 130)
+    assert shell.router.lost_servers()[other] == "its engine core died"
 
 
 async def test_a_server_that_is_dead_from_the_start_does_not_join(make_shell):
@@ -287,6 +289,20 @@ async def test_a_server_that_is_dead_from_the_start_does_not_join(make_shell):
     await shell.router.inspect()
     assert await shell.acquire("p") == "b"
     assert shell.router.servers() == ["b"]
+    assert list(shell.router.lost_servers()) == ["a"]
+
+
+async def test_a_server_that_verl_removes_or_brings_again_is_not_lost(make_shell):
+    shell = make_shell("a b c")
+    await shell.acquire("p")
+    shell.replicas["a"].die()
+    shell.replicas["b"].die()
+    await shell.poll()
+    assert sorted(shell.router.lost_servers()) == ["a", "b"]
+    shell.router.remove_servers(["a", "c"])
+    assert list(shell.router.lost_servers()) == ["b"]
+    await shell.router.add_servers({"b": FakeReplica("another b")})
+    assert shell.router.lost_servers() == {}
 
 
 # Callers that die, programs that end
