@@ -31,6 +31,7 @@ class SchedulerSnapshot:
     num_waiting_new: int
     num_waiting_acting: int  # paused with no request pending
     waiting_tokens: int  # sum of c over the queue
+    pending_tokens: int  # of those of them with a request pending
 
     @property
     def num_waiting(self) -> int:

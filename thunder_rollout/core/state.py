@@ -84,13 +84,15 @@ class State:
         return sorted(held, key=lambda item: item[1].seq)
 
     def snapshot(self, drift_tokens: Callable[[str], int | None] = lambda backend: None) -> SchedulerSnapshot:
+        paused = [program for program in self.programs.values() if program.status is Status.PAUSED]
         return SchedulerSnapshot(
             backends=tuple(_snapshot_of(self.backends[name], drift_tokens(name)) for name in sorted(self.backends)),
             num_programs=len(self.programs),
             num_waiting_returning=self.queue.count(Kind.RETURNING),
             num_waiting_new=self.queue.count(Kind.NEW),
             num_waiting_acting=self.queue.count(Kind.ACTING),
-            waiting_tokens=sum(p.context_tokens for p in self.programs.values() if p.status is Status.PAUSED),
+            waiting_tokens=sum(program.context_tokens for program in paused),
+            pending_tokens=sum(program.context_tokens for program in paused if program.pending),
         )
 
     # Backends

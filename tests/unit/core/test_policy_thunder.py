@@ -200,7 +200,7 @@ def test_returning_before_new_before_acting_each_short_first() -> None:
     assert shell.scheduler.waiting_order() == ["ret1", "ret2", "new1", "new2", "act1", "act2"]
     snapshot = shell.scheduler.snapshot()
     assert (snapshot.num_waiting_returning, snapshot.num_waiting_new, snapshot.num_waiting_acting) == (2, 2, 2)
-    assert (snapshot.num_waiting, snapshot.waiting_tokens) == (6, 410)
+    assert (snapshot.num_waiting, snapshot.waiting_tokens, snapshot.pending_tokens) == (6, 410, 300)
 
 
 def test_a_returning_program_waits_for_the_tick() -> None:

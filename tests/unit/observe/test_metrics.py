@@ -15,7 +15,13 @@ from thunder_rollout.observe.metrics import RunMetrics
 from thunder_rollout.observe.sandbox_waits import SandboxWait
 
 IDLE = SchedulerSnapshot(
-    backends=(), num_programs=0, num_waiting_returning=0, num_waiting_new=0, num_waiting_acting=0, waiting_tokens=0
+    backends=(),
+    num_programs=0,
+    num_waiting_returning=0,
+    num_waiting_new=0,
+    num_waiting_acting=0,
+    waiting_tokens=0,
+    pending_tokens=0,
 )
 
 

@@ -42,6 +42,6 @@ class RouterMetrics:
             "num_pauses": snapshot.num_pauses,
             "imbalance": snapshot.imbalance,
             "demand_share": sum(backend.demand_tokens for backend in scheduler.backends) / capacity,
-            "waiting_share": scheduler.waiting_tokens / capacity,
+            "waiting_share": scheduler.pending_tokens / capacity,
         }
         return {f"thunder/router/{name}": float(value) for name, value in figures.items()}

@@ -366,6 +366,22 @@ async def test_a_program_idle_for_long_leaves_the_books_and_may_come_back(make_s
     assert shell.core.programs["p@1"].arrived_s == 0.0, "as old as it was"
 
 
+async def test_what_waits_in_the_figures_are_requests_not_programs_that_may_be_over(make_shell):
+    shell = make_shell("a", scheduler=TICKING, facts={"capacity_tokens": 1000})
+    await shell.acquire("p", 700)
+    held = await shell.held("q", 700)
+    assert shell.router.metrics()["thunder/router/waiting_share"] == 0.7
+    await shell.release("a", "p")
+    for _ in range(200):
+        shell.clock.now += 1.0
+        await asyncio.sleep(0.01)
+        if held.done():
+            break
+    assert await held == "a"
+    assert shell.scheduler.num_waiting_acting == 1, "it ended in silence, and made room"
+    assert shell.router.metrics()["thunder/router/waiting_share"] == 0.0
+
+
 # Validation, groups, images
 
 
