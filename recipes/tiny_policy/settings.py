@@ -37,6 +37,7 @@ class TrainSettings:
     num_steps: int
     batch_transcripts: int
     mistake_share: float
+    hasty_share: float
     learning_rate: float
     warmup_steps: int
     weight_decay: float

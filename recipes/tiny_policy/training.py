@@ -47,7 +47,10 @@ def build_policy(settings: Settings, folder: Path, log: Callable[[str], None]) -
 
 def _learn_tokenizer(settings: Settings, folder: Path) -> Qwen2Tokenizer:
     corpus = transcripts(
-        f"tokenizer:{settings.seed}", settings.difficulty, settings.tokenizer.num_transcripts, mistake_share=0.0
+        f"tokenizer:{settings.seed}",
+        settings.difficulty,
+        settings.tokenizer.num_transcripts,
+        hasty_share=settings.train.hasty_share,
     )
     texts = chain.from_iterable(transcript_texts(transcript) for transcript in corpus)
     return learn_tokenizer(texts, settings.tokenizer.vocab_size, _SENTENCE.findall(SYSTEM_PROMPT), folder)
@@ -74,7 +77,13 @@ def _model_config(model: ModelSettings, tokenizer: Qwen2Tokenizer) -> Qwen2Confi
 def _training_data(settings: Settings, tokenizer: Qwen2Tokenizer) -> list[TokenisedTranscript]:
     train, chat = settings.train, ChatFormat(tokenizer)
     count = train.num_steps * train.batch_transcripts
-    made = transcripts(f"train:{settings.seed}", settings.difficulty, count, train.mistake_share)
+    made = transcripts(
+        f"train:{settings.seed}",
+        settings.difficulty,
+        count,
+        mistake_share=train.mistake_share,
+        hasty_share=train.hasty_share,
+    )
     return [tokenise(transcript, chat, tokenizer) for transcript in made]
 
 

@@ -1,4 +1,4 @@
-"""Expert transcripts as token ids in the agent's own format, with the loss mask."""
+"""Demonstrators' transcripts as token ids in the agent's own format, with the loss mask."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from thunder_rollout.agent.actions import format_observation
 from thunder_rollout.agent.chat import ChatFormat
 from thunder_rollout.agent.config import SYSTEM_PROMPT
 from thunder_rollout.sandbox.protocol import ExecResult
-from thunder_rollout.tasks.toy.expert import ExpertTurn, expert_turns
+from thunder_rollout.tasks.toy.expert import ExpertTurn, expert_turns, hasty_turns
 from thunder_rollout.tasks.toy.generator import problem_stream
 from thunder_rollout.tasks.toy.problem import ToyProblem
 
@@ -28,17 +28,21 @@ class Transcript:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenisedTranscript:
-    """`ids` (N,) and `learn` (N,): which of them the expert wrote and is to be imitated in."""
+    """`ids` (N,) and `learn` (N,): which of them the demonstrator wrote and is to be imitated in."""
 
     ids: NDArray[np.int64]
     learn: NDArray[np.bool_]
 
 
-def transcripts(seed: str, difficulty: str, count: int, mistake_share: float) -> Iterator[Transcript]:
+def transcripts(
+    seed: str, difficulty: str, count: int, *, mistake_share: float = 0.0, hasty_share: float = 0.0
+) -> Iterator[Transcript]:
     problems = islice(problem_stream(seed, difficulty), count)
     for index, problem in enumerate(problems):
         rng = random.Random(f"{seed}:expert:{index}")
-        yield Transcript(problem=problem, turns=expert_turns(problem, rng, mistake_share))
+        is_hasty = rng.random() < hasty_share
+        turns = hasty_turns(problem, rng) if is_hasty else expert_turns(problem, rng, mistake_share)
+        yield Transcript(problem=problem, turns=turns)
 
 
 def transcript_texts(transcript: Transcript) -> Iterator[str]:
@@ -51,7 +55,7 @@ def transcript_texts(transcript: Transcript) -> Iterator[str]:
 
 
 def tokenise(transcript: Transcript, chat: ChatFormat, tokenizer: Any) -> TokenisedTranscript:
-    """The ids the agent loop would have made, had the engine produced the expert's turns."""
+    """The ids the agent loop would have made, had the engine produced the demonstrator's turns."""
     ids = chat.initial_ids(SYSTEM_PROMPT, transcript.problem.statement)
     learn = [False] * len(ids)
     for index, turn in enumerate(transcript.turns):

@@ -51,7 +51,7 @@ def playback(outputs: Iterable[str]) -> Callable[[str], ExecResult]:
 
 async def test_a_transcript_is_the_episode_the_loop_would_record(tmp_path: Path) -> None:
     transcripts, tokenizers = load_recipe("tiny_policy", "transcripts.py"), load_recipe("tiny_policy", "tokenizer.py")
-    made = list(transcripts.transcripts("test", "easy", 12, mistake_share=0.5))
+    made = list(transcripts.transcripts("test", "easy", 12, mistake_share=0.5, hasty_share=0.25))
     texts = [text for transcript in made for text in transcripts.transcript_texts(transcript)]
     tokenizer = tokenizers.learn_tokenizer(texts, 600, [SYSTEM_PROMPT], tmp_path)
     chat = ChatFormat(tokenizer)

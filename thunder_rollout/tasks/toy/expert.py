@@ -1,4 +1,4 @@
-"""How someone who knows the bug would fix a toy problem, turn by turn.
+"""How someone who knows the bug would fix a toy problem, turn by turn, and how a hasty one would.
 
 The outputs are computed here and equal what a real sandbox gives (a test runs a sample), so
 thousands of transcripts take seconds. Some transcripts begin with a wrong fix, which is not to
@@ -18,6 +18,7 @@ from thunder_rollout.tasks.toy.templates import Bug
 
 _LINES_AFTER_HEAD_EASY = 2  # a docstring and one line
 _LINES_AFTER_HEAD = 8  # the longest template has seven lines
+_HASTY_RIGHT_SHARE = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +47,23 @@ def expert_turns(problem: ToyProblem, rng: random.Random, mistake_share: float =
     return [*turns, ExpertTurn(thought="The fix works.", command=SUBMIT)]
 
 
+def hasty_turns(problem: ToyProblem, rng: random.Random) -> list[ExpertTurn]:
+    """A transcript of one who writes what the line could be, seldom what it should be, and submits it unchecked, all
+    in other words than the expert's: that it pays less to imitate him is left to find out."""
+    turns: list[ExpertTurn] = []
+    lines = {path: text.splitlines() for path, text in problem.files().items()}
+    for site in problem.bug_sites:
+        bugs = [bug for bug in (site.function.bug, *site.function.other_bugs) if bug is not None]
+        is_right = rng.random() < _HASTY_RIGHT_SHARE
+        guess = site.good if is_right else "    " + rng.choice(bugs).bad
+        turns += [
+            _find(site, lines[site.path], problem.names_file, thought="Let me see."),
+            _replace_line(site, guess, thought="This should do."),
+        ]
+        lines[site.path][site.number - 1] = guess
+    return [*turns, ExpertTurn(thought="Done.", command=SUBMIT)]
+
+
 def _fix(site: BugSite, lines: list[str], mistake: Bug | None, names_file: bool) -> Iterator[ExpertTurn]:
     yield _find(site, lines, names_file)
     if mistake is not None:
@@ -55,7 +73,7 @@ def _fix(site: BugSite, lines: list[str], mistake: Bug | None, names_file: bool)
     yield _check(site, show(site.example.expected))
 
 
-def _find(site: BugSite, lines: list[str], names_file: bool) -> ExpertTurn:
+def _find(site: BugSite, lines: list[str], names_file: bool, *, thought: str = "") -> ExpertTurn:
     """Show the function with its line numbers, as grep does."""
     head = f"def {site.function.name}("
     first = next(index for index, line in enumerate(lines) if line.startswith(head))
@@ -66,15 +84,15 @@ def _find(site: BugSite, lines: list[str], names_file: bool) -> ExpertTurn:
     if prefix:
         shown = [f"{prefix}:{shown[0]}", *(f"{prefix}-{line}" for line in shown[1:])]
     return ExpertTurn(
-        thought=f"I look at {site.function.name}.",
+        thought=thought or f"I look at {site.function.name}.",
         command=f"grep -n -A {after} '{head}' {where}",
         output="".join(f"{line}\n" for line in shown),
     )
 
 
-def _replace_line(site: BugSite, line: str, *, imitate: bool = True) -> ExpertTurn:
+def _replace_line(site: BugSite, line: str, *, thought: str = "", imitate: bool = True) -> ExpertTurn:
     return ExpertTurn(
-        thought=f"{site.function.name} should return {site.function.doc}. Line {site.number} is wrong.",
+        thought=thought or f"{site.function.name} should return {site.function.doc}. Line {site.number} is wrong.",
         command=f"sed -i '{site.number}c\\{line}' {site.path}",
         imitate=imitate,
     )
