@@ -96,10 +96,12 @@ async def test_processes_share_one_hub_and_episodes_are_graded_on_its_hosts(sett
     played = await asyncio.gather(*(play(stage, f"p{place}") for place, stage in enumerate(stages)))
     assert [episode.verdict.resolved for episode in played] == [True, True]
     first.failed(SandboxFailed("a test said so"))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not (figures := await find_hub().figures.remote())["thunder/failures/all"]:  # noqa: ASYNC110
             await asyncio.sleep(0.05)  # Ray keeps no order
-    assert (figures["thunder/failures/sandbox_failed"], figures["thunder/sandboxes"]) == (1.0, 0.0)
+        assert figures["thunder/failures/sandbox_failed"] == 1.0
+        while (await find_hub().figures.remote())["thunder/sandboxes"]:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)  # the graders' go after their verdict
 
 
 async def test_a_hub_that_died_is_replaced_by_whoever_next_fails(settings: SweSettings) -> None:
