@@ -40,7 +40,7 @@ def transcripts(
     problems = islice(problem_stream(seed, difficulty), count)
     for index, problem in enumerate(problems):
         rng = random.Random(f"{seed}:expert:{index}")
-        is_hasty = rng.random() < hasty_share
+        is_hasty = random.Random(f"{seed}:demonstrator:{index}").random() < hasty_share  # the expert's stay the same
         turns = hasty_turns(problem, rng) if is_hasty else expert_turns(problem, rng, mistake_share)
         yield Transcript(problem=problem, turns=turns)
 

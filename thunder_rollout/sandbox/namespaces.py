@@ -130,6 +130,7 @@ cd {_STAGE}
 def _skeleton(owner: int) -> bytes:
     """The folders, files and links of a new root, with the table of its mounts; `owner` is the sandbox's root."""
     binds = _binds()
+    table = _mount_table(owner, binds)
     links = {path.lstrip("/"): os.readlink(path) for path in _PROGRAMS if os.path.islink(path)} | _LINKS
     folders = [*_FOLDERS, *(str(path).lstrip("/") for path in binds if path.is_dir())]
     files = [str(path).lstrip("/") for path in binds if not path.is_dir()] + [f"dev/{name}" for name in _DEVICES]
@@ -149,16 +150,15 @@ def _skeleton(owner: int) -> bytes:
             add(name, tarfile.DIRTYPE, 0o1777 if name in _SHARED_FOLDERS else 0o755)
         for name in files:
             add(name, tarfile.REGTYPE, 0o644)
-        for name, text in (_TEXTS | {_TABLE.lstrip("/"): _mount_table(owner)}).items():
+        for name, text in (_TEXTS | {_TABLE.lstrip("/"): table}).items():
             add(name, tarfile.REGTYPE, 0o644, text=text)
         for name, link in links.items():
             add(name, tarfile.SYMTYPE, 0o777, link=link)
     return target.getvalue()
 
 
-def _mount_table(owner: int) -> str:
+def _mount_table(owner: int, binds: list[Path]) -> str:
     """What is mounted over the skeleton, as fstab(5) has it; the scratch folder goes over the table itself."""
-    binds = _binds()
     scratch = f"size={SCRATCH_BYTES},mode=700,uid={owner},gid={owner}"
     lines = [
         ("thunder", SCRATCH, "tmpfs", scratch),

@@ -23,7 +23,7 @@ from thunder_rollout.tasks.toy.templates import ONE_LINE, SHORT_LOOPS, Bug, Func
 TOY_IMAGE = "thunder-toy:1"  # the Docker image with python, pytest and git that sandbox.images makes
 WORKDIR = "/testbed"
 # Neither the repository's pytest configuration and plugins nor installed plugins take part, nor pytest's own
-# that collects garbage five times at the end, a tenth of such a run.
+# that collects garbage at the end, a tenth of so short a run's CPU time.
 TEST_COMMAND = (
     "PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 python -m pytest -q -c /dev/null --rootdir=. --noconftest -p no:cacheprovider"
     " -p no:unraisableexception"

@@ -52,6 +52,15 @@ class Shell:
         self.clock.now += after_s
         await self.router.poll()
 
+    async def until_granted(self, held: asyncio.Task[str]) -> str:
+        """As time goes by, 200 s at most."""
+        for _ in range(200):
+            self.clock.now += 1.0
+            await asyncio.sleep(0.01)
+            if held.done():
+                break
+        return await held
+
     @property
     def scheduler(self) -> Any:
         return self.router._service.metrics().scheduler

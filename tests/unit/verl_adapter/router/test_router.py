@@ -342,12 +342,7 @@ async def test_an_idle_program_gives_way_and_comes_back_with_its_next_request(ma
     await shell.acquire("p", 700)
     await shell.release("a", "p")
     held = await shell.held("q", 700)
-    for _ in range(100):
-        shell.clock.now += 1.0
-        await asyncio.sleep(0.01)
-        if held.done():
-            break
-    assert await held == "a"
+    assert await shell.until_granted(held) == "a"
     assert "p@0" in shell.core.programs, "its end was not announced"
     await shell.release("a", "q")
     assert await shell.acquire("p", 750) == "a"
@@ -372,12 +367,7 @@ async def test_what_waits_in_the_figures_are_requests_not_programs_that_may_be_o
     held = await shell.held("q", 700)
     assert shell.router.metrics()["thunder/router/waiting_share"] == 0.7
     await shell.release("a", "p")
-    for _ in range(200):
-        shell.clock.now += 1.0
-        await asyncio.sleep(0.01)
-        if held.done():
-            break
-    assert await held == "a"
+    assert await shell.until_granted(held) == "a"
     assert shell.scheduler.num_waiting_acting == 1, "it ended in silence, and made room"
     assert shell.router.metrics()["thunder/router/waiting_share"] == 0.0
 
