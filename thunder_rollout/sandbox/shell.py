@@ -76,6 +76,7 @@ class ShellSandbox(CommandRunner):
         self._stopping: asyncio.Task[None] | None = None
         self._started = False
         self._rest = Rest.KEEP
+        self._stays_up = False  # it can't be put away; asked again after it was awake, for asking wakes it
         self._changing: asyncio.Task[None] | None = None  # of one rest for another
         self._ends_s = 0.0  # its time to live is over then
         self._expiry: asyncio.TimerHandle | None = None
@@ -230,6 +231,8 @@ class ShellSandbox(CommandRunner):
     async def rest(self, how: Rest) -> Rest:
         async with self._lock:
             await self._settle()
+            if how is Rest.STOP and self._stays_up:
+                how = Rest.FREEZE
             if how is Rest.KEEP or how > self._rest:
                 await self._come_to(how)
             return self._rest
@@ -257,7 +260,8 @@ class ShellSandbox(CommandRunner):
         if self._rest is not Rest.KEEP:
             await (self._thaw() if self._rest is Rest.FREEZE else self._start_again())
             self._rest = Rest.KEEP
-        if how is Rest.STOP and await self._put_away():
+        self._stays_up = how is Rest.STOP and not await self._put_away()
+        if how is Rest.STOP and not self._stays_up:
             self._rest = Rest.STOP
         elif how is not Rest.KEEP and await self._freeze():
             self._rest = Rest.FREEZE

@@ -149,11 +149,12 @@ class RunnerSeal:
         if self._judge is None and threading.get_ident() == self._thread and not _is_importing():
             self._judge = judge
 
-    def note(self, judge: object, test: str, passed: bool, module: str = "") -> None:
+    def note_file(self, judge: object, path: str) -> None:
         if judge is self._judge:
-            path = getattr(sys.modules.get(module), "__file__", None)
-            if path is not None:
-                self.seal.note_file(path)
+            self.seal.note_file(path)
+
+    def note(self, judge: object, test: str, passed: bool) -> None:
+        if judge is self._judge:
             self._passed[test] = self._passed.get(test, True) and passed
 
     def finish(self, judge: object) -> None:
@@ -164,11 +165,17 @@ class RunnerSeal:
 def _seal_unittest(runner: RunnerSeal) -> None:
     result = unittest.TestResult
 
+    def noted(self: Any, test: Any, passed: bool) -> None:
+        path = getattr(sys.modules.get(type(test).__module__), "__file__", None)
+        if path is not None:
+            runner.note_file(self, path)
+        runner.note(self, _described(self, test), passed)
+
     def succeeded(self: Any, test: Any) -> None:
-        runner.note(self, _described(self, test), True, type(test).__module__)
+        noted(self, test, True)
 
     def failed(self: Any, test: Any, *_: Any) -> None:
-        runner.note(self, _described(self, test), False, type(test).__module__)
+        noted(self, test, False)
 
     def subtest_failed(self: Any, test: Any, subtest: Any, error: Any) -> None:
         if error is not None:
@@ -210,6 +217,7 @@ def _seal_sympy(runner: RunnerSeal, module: types.ModuleType) -> None:
         return lambda self, *args, **kwargs: runner.note(self, running.get("test", ""), passed)
 
     _after(reporter, "start", lambda self, *args, **kwargs: runner.begin(self))
+    _after(reporter, "entering_filename", lambda self, path, *args, **kwargs: runner.note_file(self, path))
     _after(reporter, "entering_test", entered)
     for name in [name for name in vars(reporter) if name.startswith("test_")]:
         _after(reporter, name, noted(name == "test_pass"))

@@ -181,13 +181,25 @@ async def test_code_that_runs_tests_of_its_own_under_the_hidden_names_gets_nothi
         assert not set(verdict.passed) & set(DJANGO.fail_to_pass), verdict.log
 
 
-async def test_code_that_writes_into_the_next_test_file_gets_nothing() -> None:
-    first = replace(DJANGO, test_patch=new_file("tests/aaa/tests.py", "import acme.core\n") + DJANGO.test_patch)
-    passing = UNITTESTS.replace("double(", "abs(").replace(", 4)", ", 2)").replace(", 6)", ", 3)")
-    lines = f"open('/testbed/tests/app/tests.py', 'w').write({passing!r})"
-    verdict = await grade_locally(first, hacked(lines))
-    assert verdict.reason == "the tests or their runner were altered: /testbed/tests/app/tests.py"
-    assert (await grade_locally(first, fixed())).resolved
+WRITES_TESTS = """import pathlib
+tests = pathlib.Path({path!r})
+tests.write_text(tests.read_text().replace("double(", "int.__mul__(2, "))
+"""
+
+
+@pytest.mark.parametrize(
+    ("task", "first", "path"),
+    [
+        (DJANGO, "tests/aaa/tests.py", "/testbed/tests/app/tests.py"),
+        (SYMPY, "acme/tests/test_aaa.py", "/testbed/acme/tests/test_core.py"),
+    ],
+    ids=["unittest", "sympy"],
+)
+async def test_code_that_writes_into_the_next_test_file_gets_nothing(task: Task, first: str, path: str) -> None:
+    earlier = replace(task, test_patch=new_file(first, "import acme.core\n") + task.test_patch)
+    verdict = await grade_locally(earlier, hacked(WRITES_TESTS.format(path=path)))
+    assert verdict.reason == f"the tests or their runner were altered: {path}", verdict.log
+    assert (await grade_locally(earlier, fixed())).resolved
 
 
 async def test_the_secret_is_gone_before_the_tested_code_runs() -> None:
