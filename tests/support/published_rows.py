@@ -59,7 +59,13 @@ SWE_REBENCH: Row = _COMMON | {
     "PASS_TO_PASS": P2P,
     "PASS_TO_FAIL": [],
     "environment_setup_commit": "b" * 40,
-    "meta": {"commit_name": "head_commit", "has_test_patch": True, "is_lite": True, "num_modified_files": 1},
+    "meta": {
+        "commit_name": "head_commit",
+        "has_test_patch": True,
+        "is_lite": True,
+        "llm_score": {"difficulty_score": 1},
+        "num_modified_files": 1,
+    },
     "install_config": {
         "env_vars": None,
         "env_yml_path": None,

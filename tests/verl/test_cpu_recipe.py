@@ -21,13 +21,13 @@ from thunder_rollout.verl_adapter.versions import TESTED_VERSIONS
 RECIPE = Path(__file__).parents[2] / "recipes" / "verl_cpu_toy"
 
 
-@pytest.fixture
-def config():
+@pytest.fixture(params=["sync", "separate_async"])
+def config(request: pytest.FixtureRequest):
     given = ["actor_rollout_ref.model.path=x", "data.train_files=x", "data.val_files=x"]
     given.append("actor_rollout_ref.rollout.router_config_path=x")
     loop = f"actor_rollout_ref.rollout.agent.agent_loop_config_path={RECIPE / 'thunder_swe.yaml'}"
     with initialize_config_dir(str(RECIPE), version_base=None):
-        return compose("config", [*given, loop])
+        return compose(request.param, [*given, loop])
 
 
 def test_verl_accepts_the_configuration(config) -> None:
@@ -48,11 +48,11 @@ def test_the_agent_loops_settings_are_ours(config) -> None:
 
 
 def test_the_sampler_is_verls_with_another_pause(config) -> None:
-    sampler = config.trainer.v1.sampler
+    mode, sampler = config.trainer.v1.trainer_mode, config.trainer.v1.sampler
     make = load_extern_object(sampler.custom_sampler.path, sampler.custom_sampler.name)
     buffer = make(
-        trainer_mode="sync",
-        trainer_config=config.trainer.v1.sync,
+        trainer_mode=mode,
+        trainer_config=config.trainer.v1[mode],
         max_off_policy_threshold=sampler.max_off_policy_threshold,
         max_off_policy_strategy=sampler.max_off_policy_strategy,
         sampler_kwargs=sampler.sampler_kwargs,

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,11 @@ from tests.support import verl_records
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "verl_cpu_toy"
 NUM_PROMPTS, NUM_SAMPLES, NUM_STEPS = 4, 4, 2
+NUM_UPDATES, NUM_STEPS_APART = 2, 4  # updates a step; played ahead, the first steps' rows are of the first weights
 SETTINGS = {
     "data.train_batch_size": NUM_PROMPTS,
     "actor_rollout_ref.rollout.n": NUM_SAMPLES,
     "actor_rollout_ref.rollout.temperature": 1.3,  # so that no group is of one mind
-    "actor_rollout_ref.actor.ppo_mini_batch_size": NUM_PROMPTS,
     "actor_rollout_ref.actor.optim.lr": 0.001,
     "actor_rollout_ref.actor.optim.lr_warmup_steps": 0,
     "trainer.total_training_steps": NUM_STEPS,
@@ -33,11 +34,10 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def train(folder: Path, config: str, settings: dict[str, Any]) -> Path:
     """The folder of a run: metrics, the engine's record and the rows that were trained on."""
-    folder = tmp_path_factory.mktemp("verl")
     environment = os.environ | {
+        "CONFIG": config,
         "RUN": str(folder),
         "PYTHON": sys.executable,
         "POLICY": str(ROOT / "recipes" / "tiny_policy" / "config.yaml"),  # other tests have built it
@@ -47,10 +47,27 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "VERL_USE_EXTERNAL_MODULES": "tests.support.verl_records",
         "VERL_RECORDS": str(folder),
     }
-    command = [str(RECIPE / "run_verl_cpu_toy.sh"), *(f"{name}={value}" for name, value in SETTINGS.items())]
+    command = [str(RECIPE / "run_verl_cpu_toy.sh"), *(f"{name}={value}" for name, value in settings.items())]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout[-8000:]
     return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    updates = {"actor_rollout_ref.actor.ppo_mini_batch_size": NUM_PROMPTS}
+    return train(tmp_path_factory.mktemp("verl"), "sync", SETTINGS | updates)
+
+
+@pytest.fixture(scope="module")
+def trained_apart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """By a trainer whose rollout goes on meanwhile, and across updates of its weights."""
+    updates = {
+        "actor_rollout_ref.actor.ppo_mini_batch_size": NUM_PROMPTS // NUM_UPDATES,
+        "trainer.v1.separate_async.parameter_sync_step": NUM_UPDATES,
+        "trainer.total_training_steps": NUM_STEPS_APART,
+    }
+    return train(tmp_path_factory.mktemp("verl_apart"), "separate_async", SETTINGS | updates)
 
 
 @pytest.mark.timeout(900)
@@ -87,6 +104,35 @@ def test_the_policy_changes_and_the_engine_follows(trained: Path) -> None:
     for step in steps:
         assert step["training/rollout_actor_probs_pearson_corr"] > 0.99
     assert {row["rm_scores"][-1] for row in verl_records.read(trained, "rows")} <= {0.0, 1.0}
+
+
+@pytest.mark.timeout(900)
+def test_rows_of_a_rollout_that_goes_on_meanwhile_are_the_engines(trained_apart: Path) -> None:
+    """An update may cut a turn, which then goes on from the tokens it has: its pieces must make up the row's turn."""
+    pieces: dict[str, list[dict[str, Any]]] = {}
+    for piece in verl_records.read(trained_apart, "engine"):
+        pieces.setdefault(json.dumps(piece["prompt_ids"]), []).append(piece)
+    rows = verl_records.read(trained_apart, "rows")
+    assert len(rows) == NUM_PROMPTS * NUM_SAMPLES * NUM_STEPS_APART
+    versions = set()
+    for row in rows:
+        for start, end in _generated(row["response_mask"]):
+            while start < end:
+                piece = next(_begins(row, start, end, pieces))
+                versions.add(piece["version"])
+                start += len(piece["token_ids"])
+    assert len(versions) > 1, "no row was played with updated weights"
+
+
+def _begins(
+    row: dict[str, Any], start: int, end: int, pieces: dict[str, list[dict[str, Any]]]
+) -> Iterator[dict[str, Any]]:
+    """What the engine said from `start` on, of all that it was asked to go on from there."""
+    for piece in pieces[json.dumps(row["prompts"] + row["responses"][:start])]:
+        stop = start + len(piece["token_ids"])
+        same = piece["token_ids"] == row["responses"][start:stop]
+        if start < stop <= end and same and _distance(piece["logprobs"], row["rollout_log_probs"][start:stop]) < 1e-5:
+            yield piece
 
 
 def _generated(mask: list[int]) -> list[tuple[int, int]]:
