@@ -6,6 +6,9 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 RAY_API=${RAY_API:-http://127.0.0.1:8265}
 ENTRY=${ENTRY:-$here/run.sh} # a path that every node has: a checkout on shared storage
 
-exec ray job submit --address "$RAY_API" --no-wait -- \
-    env CONFIG="${CONFIG:-sync}" MODEL="${MODEL:-Qwen/Qwen3-Coder-30B-A3B-Instruct}" \
-    DATA="${DATA:-$here/../../runs/verl_data}" "$ENTRY" "$@"
+settings=() # of run.sh, which has the defaults
+for name in CONFIG MODEL DATA LOOP ROUTER PYTHON; do
+    if [ -n "${!name:-}" ]; then settings+=("$name=${!name}"); fi
+done
+
+exec ray job submit --address "$RAY_API" --no-wait -- env "${settings[@]}" "$ENTRY" "$@"

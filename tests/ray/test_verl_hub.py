@@ -15,7 +15,7 @@ from thunder_rollout.agent.chat import ChatFormat
 from thunder_rollout.agent.config import AgentConfig
 from thunder_rollout.agent.loop import AgentLoop, TurnResult, in_one_piece
 from thunder_rollout.engine.protocol import Generation, Sampling
-from thunder_rollout.errors import SandboxFailed
+from thunder_rollout.errors import EngineDied, SandboxFailed
 from thunder_rollout.runtime.episode import Played
 from thunder_rollout.sandbox.protocol import SandboxSpec
 from thunder_rollout.tasks.toy import generate
@@ -178,3 +178,28 @@ async def test_the_trainer_is_told_what_of_its_rollout_was_killed(victim: str, r
     expected = {"worker": "b is gone", "replica": "rollout replica replica0: its engine core died"}
     with pytest.raises(RolloutDied, match=expected.get(victim, "the router is gone")):
         await forever(watch.check)
+
+
+async def test_samples_that_begin_before_the_hub_is_known_are_told_of_nevertheless(settings: SweSettings) -> None:
+    """In their order: those of the first batch begin together, before anybody needs a sandbox."""
+    told: list[str] = []
+
+    class Hub:
+        def sample_started(self, image: str) -> None:
+            told.append(f"started {image}")
+
+        def sample_finished(self, image: str) -> None:
+            told.append(f"finished {image}")
+
+        def count_failure(self, kind: str) -> None:
+            told.append(kind)
+
+    stages = HubStages(settings)
+    stages.sample_started(TASK)
+    stages.sample_started(TASK)
+    stages.sample_finished(TASK)
+    stages.failed(EngineDied("gone"))
+    stages._meet(Hub())
+    assert told == [f"started {TASK.image}"] * 2 + [f"finished {TASK.image}", "engine_died"]
+    stages.sample_finished(TASK)
+    assert len(told) == 5

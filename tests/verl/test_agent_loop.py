@@ -24,6 +24,7 @@ from thunder_rollout.tasks.verl_rows import verl_row
 from thunder_rollout.verl_adapter.agent_loop import SweAgentLoop
 from thunder_rollout.verl_adapter.client import RoutedClient
 from thunder_rollout.verl_adapter.crew import Crew
+from thunder_rollout.verl_adapter.router.programs import VALIDATION_PREFIX
 from thunder_rollout.verl_adapter.settings import read_settings
 
 TASK = generate(seed=0, count=1, difficulty="easy")[0]
@@ -322,3 +323,11 @@ async def test_an_episode_that_verl_will_drop_ends_early_and_is_not_tried_again(
 async def test_a_row_without_a_task_is_told_how_to_get_one() -> None:
     with pytest.raises(TaskError, match="to-verl"):
         await Stand([]).play(extra_info={})
+
+
+@pytest.mark.parametrize(("split", "is_marked"), [("train", False), ("validation", True)])
+async def test_a_router_can_tell_validation_by_its_programs_names(split: str, is_marked: bool) -> None:
+    stand = Stand([SUBMIT])
+    await stand.play(extra_info=ROW["extra_info"] | {"split": split})
+    (program,) = stand.balancer.acquired
+    assert program.startswith(VALIDATION_PREFIX) is is_marked

@@ -13,6 +13,7 @@ import verl  # noqa: F401  loads the plug-in
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from verl.utils import distributed, fsdp_utils
+from verl.workers.engine import EngineRegistry
 
 from thunder_rollout.verl_adapter.cpu_patches import _copying, _without_pinning
 
@@ -36,6 +37,15 @@ def rendezvous(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 def mesh(rendezvous: None):
     torch.distributed.init_process_group("cpu:gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     return init_device_mesh("cpu", (1,))
+
+
+def test_verl_alone_has_no_training_engine_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the platform sets VERL_ENGINE_DEVICE."""
+    import verl.workers.engine.fsdp  # noqa: F401  registers itself
+
+    engines = EngineRegistry._engines["language_model"]["fsdp2"]
+    assert "cuda" in engines
+    assert "cpu" not in engines
 
 
 def test_verl_alone_names_the_cpu_twice_to_torch() -> None:

@@ -24,7 +24,7 @@ NODES_OF_8 = {"sync": 1, "separate_async": 2}
 
 def test_it_names_the_verl_that_is_tested() -> None:
     named = (RECIPE / "REQUIRED_VERL.txt").read_text().split()
-    assert f"verl[vllm]=={TESTED_VERSIONS[-1]}" in named
+    assert f"verl[vllm,fsdp]=={TESTED_VERSIONS[-1]}" in named
 
 
 def arguments(mode: str, *more: str) -> list[str]:
@@ -87,10 +87,13 @@ def test_a_submitted_job_runs_the_script_with_its_settings(tmp_path: Path) -> No
     ray.write_text('#!/bin/sh\necho "$@"\n')
     ray.chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CONFIG": "separate_async", "MODEL": "/m"}
+    environment |= {"LOOP": "/loop with a space.yaml"}
     done = subprocess.run(
         [RECIPE / "submit.sh", "trainer.nnodes=1"], env=environment, check=True, capture_output=True, text=True
     )
     words = done.stdout.split()
     assert words[:2] == ["job", "submit"]
     assert {"CONFIG=separate_async", "MODEL=/m"} <= set(words)
+    assert "LOOP=/loop with a space.yaml" in done.stdout
+    assert "ROUTER=" not in done.stdout, "run.sh has the default"
     assert words[-2:] == [str(RECIPE / "run.sh"), "trainer.nnodes=1"]

@@ -51,6 +51,19 @@ def test_the_manager_fits_the_trainer(v1: bool, expected: type, monkeypatch: pyt
     assert made == [expected]
 
 
+def test_a_filter_that_our_sampler_would_not_hear_of_is_refused() -> None:
+    wanted = (
+        "transfer_queue.enable=True",
+        "algorithm.filter_groups.enable=True",
+        "algorithm.filter_groups.metric=acc",
+        "+trainer.v1.sampler.custom_sampler.path=pkg://thunder_rollout.verl_adapter.sampler",
+    )
+    with pytest.raises(ConfigError, match="filter_groups_metric=None"):
+        Manager.create(config=verl_config(*wanted))
+    told = "+trainer.v1.sampler.sampler_kwargs.filter_groups_metric=acc"
+    module._require_filter_told(verl_config(*wanted, told))
+
+
 def manager_of(*overrides: str) -> ManagerV1:
     config: DictConfig = OmegaConf.create(OmegaConf.to_container(verl_config("transfer_queue.enable=True", *overrides)))
     return ManagerV1(config=config, llm_client=Client())
@@ -154,8 +167,35 @@ def test_figures_are_read_of_the_rows_as_the_queue_gives_them(monkeypatch: pytes
     monkeypatch.setattr(sampler.tq, "kv_batch_get", lambda **asked: stored)
     tags = [{"prompt_len": 1, "response_len": 2}] * 2
     batch = sampler.KVBatchMeta(partition_id="train", keys=["u_0_0", "u_1_0"], tags=tags)
-    assert sampler.batch_figures(batch)["timing_s/agent_loop/generate_sequences/mean"] == 2.0
-    assert sampler.batch_figures(sampler.KVBatchMeta(partition_id="train", keys=[], tags=[])) == {}
+    sampled = sampler.SampledRows()
+    sampled.add(sampler.KVBatchMeta(partition_id="train", keys=[], tags=[]))
+    assert sampled.figures() == {}
+    sampled.add(batch)
+    assert sampled.figures()["timing_s/agent_loop/generate_sequences/mean"] == 2.0
+
+
+def test_figures_are_of_all_that_is_sampled_between_two_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """verl would add up the seconds of a step's samples, and average its counts."""
+    took_s = iter([1.0, 5.0, 30.0, 7.0])
+    empty = sampler.KVBatchMeta(partition_id="val", keys=[], tags=[])
+    one = sampler.KVBatchMeta(partition_id="train", keys=["u"], tags=[{"prompt_len": 1, "response_len": 2}])
+
+    def sample(self: Any, global_steps: int, partition_id: str, batch_size: int) -> tuple[Any, dict[str, Any]]:
+        return (one if partition_id == "train" else empty), {"theirs": 1}
+
+    def get(**asked: Any) -> Any:
+        metrics = {"generate_sequences": next(took_s), "tool_calls": 0.0, "compute_score": 0.0}
+        return {"metrics": [metrics], "extra_fields": [{}]}
+
+    monkeypatch.setattr(ReplayBufferAsync, "sample", sample)
+    monkeypatch.setattr(sampler.tq, "kv_batch_get", get)
+    monkeypatch.setattr(sampler, "find_hub", lambda: None)
+    config = OmegaConf.create({"parameter_sync_step": 2})
+    buffer = make_sampler(trainer_mode="separate_async", trainer_config=config, sampler_kwargs={}, **GIVEN)
+    logged = [buffer.sample(1, partition, 1)[1] for partition in ("train", "val", "train", "train", "train")]
+    name = "timing_s/agent_loop/generate_sequences/mean"
+    assert [step.get(name) for step in logged] == [None, None, 3.0, None, 18.5]
+    assert all(step["theirs"] == 1 for step in logged)
 
 
 def test_images_are_those_of_rows_that_name_one() -> None:
@@ -168,7 +208,9 @@ def test_images_are_read_out_of_the_files_that_have_them(tmp_path: Path) -> None
     ours, others = str(tmp_path / "ours.parquet"), str(tmp_path / "others.parquet")
     parquet.write_table(pyarrow.Table.from_pylist(rows), ours)
     parquet.write_table(pyarrow.Table.from_pylist([{"prompt": "p", "extra_info": {"index": 0}}]), others)
-    assert images_of_files([ours, others, "hdfs://elsewhere.parquet"]) == [tasks[0].image]
+    text = str(tmp_path / "text.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist([{"prompt": "p", "extra_info": "of another loop"}]), text)
+    assert images_of_files([ours, others, text, "hdfs://elsewhere.parquet"]) == [tasks[0].image]
 
 
 def test_a_failed_row_leaves_the_mean_of_its_group_where_it_is() -> None:
@@ -182,9 +224,11 @@ def test_a_failed_row_leaves_the_mean_of_its_group_where_it_is() -> None:
         {"failure": "sandbox_failed"},
         {"turns": 1.0},
     ]
-    output = DataProto.from_dict(tensors={"rm_scores": scores}, non_tensors={"thunder": rows})
+    accuracies = np.array([1.0, 0.0, 0.0, 0.0, 1.0], dtype=object)
+    output = DataProto.from_dict(tensors={"rm_scores": scores}, non_tensors={"thunder": rows, "acc": accuracies})
     settle_failed_rows(output, ["g", "g", "g", "alone", "h"])
-    assert output.batch["rm_scores"].sum(dim=1).tolist() == [1.0, 0.5, 0.75, 0.0, 1.0]
+    assert output.batch["rm_scores"].sum(dim=1).tolist() == pytest.approx([1.0, 0.5, 0.75, 2.5 / 3, 1.0])
+    assert output.non_tensor_batch["acc"].tolist() == pytest.approx([1.0, 0.0, 0.5, 2 / 3, 1.0])
 
 
 @pytest.mark.parametrize(("mode", "kind"), [("sync", ReplayBuffer), ("separate_async", ReplayBufferAsync)])

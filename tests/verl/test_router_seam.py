@@ -6,7 +6,6 @@ import inspect
 from typing import Any
 
 import pytest
-import ray
 from verl.workers.rollout import llm_server, router
 
 from thunder_rollout.config import conf_dir
@@ -18,13 +17,12 @@ FILE = str(conf_dir() / "verl/thunder_router.yaml")
 def test_verl_makes_the_actor_class_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """With its concurrency groups, that is, and the whole file."""
     made: list[Any] = []
-    monkeypatch.setattr(ray.actor.ActorClass, "remote", lambda cls, *args: made.append((cls, *args)))
+    monkeypatch.setattr(ProgramRouter, "remote", lambda *args: made.append(args))
     router.get_router_handle({"a:1": "handle"}, router_config_path=FILE)
-    ((cls, servers, config),) = made
-    assert cls is ProgramRouter
+    ((servers, config),) = made
     assert servers == {"a:1": "handle"}
     assert config == router._load_router_yaml(FILE)
-    assert cls._default_options["concurrency_groups"] == {"acquire": 100_000, "release": 10_000}
+    assert ProgramRouter._default_options["concurrency_groups"] == {"acquire": 100_000, "release": 10_000}
 
 
 def test_it_has_every_method_of_verls_own_with_its_parameters() -> None:

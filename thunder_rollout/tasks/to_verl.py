@@ -14,9 +14,7 @@ from thunder_rollout.agent.config import SYSTEM_PROMPT
 from thunder_rollout.errors import ConfigError
 from thunder_rollout.tasks.config import TaskConfig, build_tasks
 from thunder_rollout.tasks.task import Task
-from thunder_rollout.tasks.verl_rows import verl_row
-
-TRAIN, VALIDATION = "train", "validation"
+from thunder_rollout.tasks.verl_rows import TRAIN, VALIDATION, verl_row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ from thunder_rollout.tasks.rows import row_from_task, task_from_row
 from thunder_rollout.tasks.task import Task
 
 AGENT_NAME = "thunder_swe"
+TRAIN, VALIDATION = "train", "validation"
 
 
 def verl_row(task: Task, *, split: str, index: int, system_prompt: str = SYSTEM_PROMPT) -> dict[str, Any]:

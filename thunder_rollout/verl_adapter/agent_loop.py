@@ -27,11 +27,12 @@ from thunder_rollout.engine.protocol import Sampling
 from thunder_rollout.errors import GradingFailed, InfrastructureFailure, Stale
 from thunder_rollout.sandbox.protocol import SandboxSpec
 from thunder_rollout.tasks.task import Task
-from thunder_rollout.tasks.verl_rows import task_of_verl_row
+from thunder_rollout.tasks.verl_rows import VALIDATION, task_of_verl_row
 from thunder_rollout.verl_adapter.chat import ContinuousChat
 from thunder_rollout.verl_adapter.client import VerlModel
 from thunder_rollout.verl_adapter.crew import Crew, SandboxHosts, lost_its_sandbox, make_crew
 from thunder_rollout.verl_adapter.output import failed_row, played_row
+from thunder_rollout.verl_adapter.router.programs import VALIDATION_PREFIX
 from thunder_rollout.verl_adapter.settings import read_settings
 from thunder_rollout.verl_adapter.staleness import stale_from
 
@@ -48,14 +49,15 @@ class SweAgentLoop(AgentLoopBase):
     async def run(self, sampling_params: dict[str, Any], **row: Any) -> AgentLoopOutput:
         """`row` holds the columns. Raises `UserError` for a row or set-up that can't be used, and under V1
         `InfrastructureFailure` when every attempt failed."""
-        crew = self._crew
-        task = task_of_verl_row(row.get("extra_info"))
+        crew, extra_info = self._crew, row.get("extra_info")
+        task = task_of_verl_row(extra_info)
+        name = (VALIDATION_PREFIX if (extra_info or {}).get("split") == VALIDATION else "") + task.instance_id
         messages = [message | {"content": crew.chat.escape(message["content"])} for message in row["raw_prompt"]]
         prompt_ids = await self.ct_build_initial_tokens(messages)
         stale = stale_from(self.config.trainer, row.get("global_steps"))
         crew.stages.sample_started(task)
         try:
-            return await self._play_until_it_ends(task, self._loop(prompt_ids), sampling_params, stale)
+            return await self._play_until_it_ends(task, name, self._loop(prompt_ids), sampling_params, stale)
         except InfrastructureFailure as failure:
             if self.config.transfer_queue.enable:
                 raise
@@ -65,12 +67,12 @@ class SweAgentLoop(AgentLoopBase):
             crew.stages.sample_finished(task)
 
     async def _play_until_it_ends(
-        self, task: Task, loop: AgentLoop, sampling_params: dict[str, Any], stale: int | None
+        self, task: Task, name: str, loop: AgentLoop, sampling_params: dict[str, Any], stale: int | None
     ) -> AgentLoopOutput:
         for attempts in itertools.count(1):
             model = VerlModel(
                 client=self._crew.client,
-                program=f"{task.instance_id}#{uuid.uuid4().hex[:12]}",
+                program=f"{name}#{uuid.uuid4().hex[:12]}",
                 sampling_params=sampling_params,
                 stale_from=stale,
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -67,6 +68,7 @@ class HubStages:
     def __init__(self, settings: SweSettings) -> None:
         self._settings = settings
         self._hub: RemoteHub | None = None
+        self._early_hints: list[Callable[[RemoteHub], None]] = []  # of the time before there was a hub
         self._stage: Stage | None = None
         self._setting_up = asyncio.Lock()
 
@@ -83,23 +85,21 @@ class HubStages:
         return stage
 
     def sample_started(self, task: Task) -> None:
-        if self._hub is not None:
-            self._hub.sample_started(task.image)
+        self._tell(lambda hub: hub.sample_started(task.image))
 
     def sample_finished(self, task: Task) -> None:
-        if self._hub is not None:
-            self._hub.sample_finished(task.image)
+        self._tell(lambda hub: hub.sample_finished(task.image))
 
     def failed(self, failure: InfrastructureFailure) -> None:
-        if self._hub is not None:
-            self._hub.count_failure(failure.kind)
+        self._tell(lambda hub: hub.count_failure(failure.kind))
         if lost_its_sandbox(failure):
             self._stage = None  # the hosts may be gone, and others by now
 
     async def _set_up(self, image: str) -> Stage:
         settings = self._settings
         if self._hub is None:
-            self._hub = await asyncio.to_thread(RemoteHub, settings.sandbox)
+            self._meet(await asyncio.to_thread(RemoteHub, settings.sandbox))
+        assert self._hub is not None
         fleet = await self._hub.fleet([image])
         hosts = RemoteSandboxHosts(fleet.handles)
         episodes = EpisodeSettings(
@@ -109,6 +109,18 @@ class HubStages:
             grading_attempts=settings.max_attempts,
         )
         return Stage(hosts=hosts, player=EpisodePlayer(episodes, hosts), backend=fleet.backend)
+
+    def _meet(self, hub: RemoteHub) -> None:
+        self._hub = hub
+        for hint in self._early_hints:
+            hint(hub)
+        self._early_hints.clear()
+
+    def _tell(self, hint: Callable[[RemoteHub], None]) -> None:
+        if self._hub is None:
+            self._early_hints.append(hint)
+        else:
+            hint(self._hub)
 
 
 def lost_its_sandbox(failure: InfrastructureFailure) -> bool:

@@ -49,6 +49,7 @@ class Manager:
     def create(cls, *, config: DictConfig, **given: Any) -> Any:
         """verl's contract. Raises `UserError`."""
         require_tested_verl()
+        _require_filter_told(config)
         manager = ManagerV1 if config.transfer_queue.enable else ManagerV0
         return manager.create(config=config, **given)
 
@@ -130,6 +131,21 @@ class ManagerV0(_Thunder):
 def make_router(servers: Mapping[str, Any]) -> Any:
     """Ours over these servers, made as verl makes one that its configuration names."""
     return get_router_handle(servers=dict(servers), router_config_path=str(conf_dir() / "verl/thunder_router.yaml"))
+
+
+def _require_filter_told(config: DictConfig) -> None:
+    """verl tells its own sampler alone of `algorithm.filter_groups`; ours would pass it over in silence."""
+    filtering = config.algorithm.get("filter_groups")
+    sampler = config.trainer.v1.sampler
+    is_ours = "thunder_rollout.verl_adapter.sampler" in str((sampler.get("custom_sampler") or {}).get("path"))
+    if filtering and filtering.get("enable") and is_ours and config.transfer_queue.enable:
+        told = (sampler.get("sampler_kwargs") or {}).get("filter_groups_metric")
+        if told != filtering.metric:
+            raise ConfigError(
+                f"trainer.v1.sampler.sampler_kwargs.filter_groups_metric={told}: algorithm.filter_groups is enabled "
+                f"with the metric {filtering.metric}, of which verl tells no custom sampler; set it to the same (and "
+                "max_inflight_gen_batches, train_batch_size and gen_batch_size beside it)"
+            )
 
 
 def loop_settings(path: str) -> SweSettings:

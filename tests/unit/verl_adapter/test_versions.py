@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.metadata import PackageNotFoundError
 
 import pytest
 
+from thunder_rollout import verl_adapter
 from thunder_rollout.verl_adapter import versions
 
 
@@ -27,3 +29,13 @@ def test_no_verl_at_all_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions, "version", missing)
     with pytest.raises(versions.UnsupportedVerl, match="verl is not installed"):
         versions.require_tested_verl()
+
+
+@pytest.mark.parametrize("name", ["ProgramRouter", "Manager"])
+def test_what_verl_makes_by_name_is_refused_before_it_is_imported(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another verl may not have what they import."""
+    monkeypatch.setattr(versions, "version", lambda name: "0.8.0")
+    for module in ("router.actor", "manager"):
+        monkeypatch.setitem(sys.modules, f"thunder_rollout.verl_adapter.{module}", None)
+    with pytest.raises(versions.UnsupportedVerl):
+        getattr(verl_adapter, name)

@@ -39,7 +39,12 @@ class RayReplica:
         self._config = config
 
     async def facts(self) -> ReplicaFacts:
-        facts: ReplicaFacts = await self._read(read_facts, self._config.capacity_tokens, self._config.block_size)
+        try:
+            facts: ReplicaFacts = await self._read(read_facts, self._config.capacity_tokens, self._config.block_size)
+        except EngineDied as error:
+            if isinstance(error.__cause__, ActorUnavailableError):
+                raise TimeoutError(str(error)) from error
+            raise
         return facts
 
     async def state(self) -> ReplicaState:
@@ -135,3 +140,18 @@ class ProgramRouter:
 
     def _ports(self, servers: Mapping[str, Any]) -> dict[str, RayReplica]:
         return {name: RayReplica(name, handle, self._config) for name, handle in servers.items()}
+
+
+def _wait_for_its_start(create: Callable[..., Any]) -> Callable[..., Any]:
+    """verl does not look whether its router came up: a run that is refused would fail every sample instead, in the
+    async modes without end. `create` is the class's `remote`, which then raises `RayActorError` with the reason."""
+
+    def remote(*args: Any, **kwargs: Any) -> Any:
+        router = create(*args, **kwargs)
+        ray.get(router.__ray_ready__.remote())
+        return router
+
+    return remote
+
+
+ProgramRouter.remote = _wait_for_its_start(ProgramRouter.remote)  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from typing import Any
 
@@ -20,18 +21,36 @@ class FakeReplica:
         )
         self._state = ReplicaState(version=0, prompt_lengths=None)
         self._is_dead = False
+        self._refusal: Exception | None = None
+        self._answers = asyncio.Event()
+        self._answers.set()
 
     async def facts(self) -> ReplicaFacts:
+        await self._answers.wait()
         self._check_alive()
+        if self._refusal is not None:
+            raise self._refusal
         return self._facts
 
     async def state(self) -> ReplicaState:
         self.num_reads += 1
+        await self._answers.wait()
         self._check_alive()
         return self._state
 
     def become(self, **changes: Any) -> None:
         self._state = replace(self._state, **changes)
+
+    def fall_silent(self) -> None:
+        """Until `answer`, whoever asks waits."""
+        self._answers.clear()
+
+    def answer(self) -> None:
+        self._answers.set()
+
+    def refuse(self, error: Exception) -> None:
+        """What `facts` raises from now on."""
+        self._refusal = error
 
     def die(self) -> None:
         self._is_dead = True

@@ -9,7 +9,8 @@ from thunder_rollout.observe.metrics import MetricsSnapshot
 
 @dataclass(slots=True)
 class RouterMetrics:
-    """From its making on; validation traffic does not count."""
+    """From its making on; turns of validation do not count where they can be told from others: `thunder_swe` names
+    them so, and for other loops by how they sample, if training does not sample alike."""
 
     num_turns: int = 0
     num_cut: int = 0  # turns aborted by an update or a rebalancing
@@ -26,7 +27,7 @@ class RouterMetrics:
 
     def figures(self, snapshot: MetricsSnapshot) -> dict[str, float]:
         """Counts and seconds from its making on; `num_pauses` and `imbalance` since the start; the rest as
-        it is now, in shares of all KV memory where it is memory."""
+        it is now (these of all traffic), in shares of all KV memory where it is memory."""
         scheduler = snapshot.scheduler
         capacity = sum(backend.capacity_tokens for backend in scheduler.backends) or 1
         figures = {

@@ -28,6 +28,7 @@ SETTLE_S = 0.5  # gates that are ready wait so long for others that are shut
 SHUT_POLL_S = 0.1  # replicas are read as often while a gate is shut
 LATE_S = 5.0  # a release of an aborted turn comes at most so long after its replica serves again
 STATE_TIMEOUT_S = 30.0  # a replica that does not answer for so long is taken to be as it was
+REFRESH_S = 1.0  # who reads all replicas waits so long for the slowest
 
 
 @dataclass(slots=True)
@@ -55,6 +56,7 @@ class ReplicaPool:
         self._clock = clock
         self._replicas: dict[str, Replica] = {}
         self._generations: dict[str, int] = {}
+        self._refreshing: dict[str, asyncio.Task[ReplicaState | None]] = {}
         self.lost: dict[str, str] = {}  # why, of those that died; until verl removes them or brings others
         self.refreshed_s = float("-inf")
 
@@ -85,19 +87,19 @@ class ReplicaPool:
     def poll_s(self) -> float:
         return SHUT_POLL_S if any(r.is_shut for r in self._replicas.values()) else self._config.poll_s
 
-    async def join(self, ports: Mapping[str, ReplicaPort]) -> list[ReplicaFacts]:
-        """Dead ones are left out. Raises `ConfigError` for a replica that can't be scheduled."""
-        fresh = {name: port for name, port in ports.items() if name not in self._replicas}
-        met = await asyncio.gather(*(_meet(name, port) for name, port in fresh.items()))
-        told = []
-        for name, answer in zip(fresh, met, strict=True):
-            if isinstance(answer, str):
-                logger.warning("replica=%s does not join: %s", name, answer)
-                self.lost[name] = answer
-            else:
-                self._add(name, fresh[name], *answer)
-                told.append(answer[0])
-        return told
+    async def join(self, name: str, port: ReplicaPort) -> ReplicaFacts | None:
+        """What it told; None for a member, and for a dead one, which is lost. Raises `ConfigError` for a replica that
+        can't be scheduled, `TimeoutError` for one that does not answer."""
+        if name in self._replicas:
+            return None
+        try:
+            facts, state = await _meet(name, port)
+        except EngineDied as error:
+            logger.warning("replica=%s does not join: %s", name, error)
+            self.lost[name] = str(error)
+            return None
+        self._add(name, port, facts, state)
+        return facts
 
     def leave(self, names: list[str], why: str) -> None:
         for name in names:
@@ -108,12 +110,18 @@ class ReplicaPool:
                 self._handle(BackendDown(backend=name, generation=replica.generation, reason=why))
 
     async def refresh(self) -> dict[str, ReplicaState]:
-        """Read all as they are now; what is not told is left out."""
-        names = self.names
-        states = await asyncio.gather(*(self.fresh_state(name) for name in names))
+        """Read all as they are now; what is not told, or not in time, is left out: no replica waits for another."""
+        slow = {name: task for name, task in self._refreshing.items() if not task.done()}
+        self._refreshing = {
+            name: slow.get(name) or asyncio.create_task(self.fresh_state(name), name=f"refresh {name}")
+            for name in self.names
+        }
+        if self._refreshing:
+            await asyncio.wait(self._refreshing.values(), timeout=REFRESH_S)
         self._open_ready()
         self.refreshed_s = self._clock()
-        return {name: state for name, state in zip(names, states, strict=True) if state is not None}
+        states = {name: task.result() for name, task in self._refreshing.items() if task.done()}
+        return {name: state for name, state in states.items() if state is not None}
 
     async def fresh_state(self, name: str) -> ReplicaState | None:
         """As it is now or later; None for one that left or does not answer. Callers share readings."""
@@ -148,7 +156,8 @@ class ReplicaPool:
         self._handle(WeightsUpdated(backends=names))
 
     async def stop(self) -> None:
-        readings = [task for r in self._replicas.values() for task in (r.reading, r.next_reading) if task is not None]
+        readings: list[asyncio.Task[Any]] = list(self._refreshing.values())
+        readings += [task for r in self._replicas.values() for task in (r.reading, r.next_reading) if task is not None]
         for task in readings:
             task.cancel()
         await asyncio.gather(*readings, return_exceptions=True)
@@ -223,13 +232,12 @@ class ReplicaPool:
         self._handle(WeightsUpdated(backends=tuple(replica.name for replica in replicas), version=told))
 
 
-async def _meet(name: str, port: ReplicaPort) -> tuple[ReplicaFacts, ReplicaState] | str:
-    """A dead one gives the reason instead."""
+async def _meet(name: str, port: ReplicaPort) -> tuple[ReplicaFacts, ReplicaState]:
     try:
         async with asyncio.timeout(STATE_TIMEOUT_S):
             facts, state = await port.facts(), await port.state()
     except TimeoutError:
         raise TimeoutError(f"replica {name} did not tell what it is within {STATE_TIMEOUT_S:.0f} s") from None
-    except EngineDied as error:
-        return str(error)
-    return state.broken or (facts, state)
+    if state.broken is not None:
+        raise EngineDied(state.broken)
+    return facts, state

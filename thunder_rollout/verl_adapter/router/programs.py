@@ -22,6 +22,7 @@ from thunder_rollout.core.events import TurnRequested
 from thunder_rollout.engine.hashing import ROOT_HASH, BlockHasher, chain_hash
 
 VALIDATION = "validation"  # kind of task of validation traffic
+VALIDATION_PREFIX = "validation#"  # of the names that callers who know (`thunder_swe`) give to such programs
 HEAD_TOKENS = 64  # of a program's first prompt, by which it is known again
 HASHER_IDLE_S = 60.0  # an idle program's prompt is not kept for longer; hashing it anew costs milliseconds
 MAX_PUT_AWAY = 100_000  # programs whose arrival is remembered
@@ -98,6 +99,7 @@ class Programs:
         """The request's program, and the one that is over with it, if any. Counts as open from now on."""
         record, before = self._current.get(request_id), None
         if record is not None and not _is_of(record, prompt_ids):
+            self._idle.pop(record.name, None)
             record.is_over, before, record = True, record, None
         if record is None:
             record = self._open(request_id, prompt_ids, VALIDATION if is_validation else None, version, now)

@@ -58,7 +58,8 @@ class ReplicaPort(Protocol):
     def handle(self) -> Any: ...
 
     async def facts(self) -> ReplicaFacts:
-        """Raises `ConfigError` for a replica that can't be scheduled, `EngineDied` for a dead one."""
+        """Raises `ConfigError` for a replica that can't be scheduled, `EngineDied` for a dead one, `TimeoutError` for
+        one that can't be reached for now."""
 
     async def state(self) -> ReplicaState:
         """Raises `EngineDied` for a dead one."""
@@ -88,11 +89,13 @@ def read_facts(server: Any, capacity_tokens: int | None, block_size: int) -> Rep
 
 
 def read_state(server: Any) -> ReplicaState:
-    engine = getattr(server, "engine", None)
+    engine, manager = getattr(server, "engine", None), getattr(server, "tokenizer_manager", None)
     lengths = None
     if engine is not None and hasattr(engine, "output_processor"):
         requests = engine.output_processor.request_states.values()
         lengths = tuple(request.prompt_len for request in requests)
+    elif manager is not None:
+        lengths = tuple(len(request.obj.input_ids) for request in list(manager.rid_to_state.values()))
     return ReplicaState(
         paused=_is_paused(server),
         version=server.global_steps,
@@ -145,5 +148,11 @@ def _placeholder_ids(server: Any) -> frozenset[int]:
 
 
 def _is_paused(server: Any) -> bool:
+    """verl's servers for vLLM and TensorRT-LLM keep it themselves, that for SGLang leaves it to SGLang."""
     allowed = getattr(server, "_generation_allowed", None)  # TensorRT-LLM's
-    return bool(getattr(server, "_submission_paused", False)) or (allowed is not None and not allowed.is_set())
+    manager = getattr(server, "tokenizer_manager", None)  # SGLang's
+    return (
+        bool(getattr(server, "_submission_paused", False))
+        or (allowed is not None and not allowed.is_set())
+        or (manager is not None and bool(manager.is_pause))
+    )

@@ -19,12 +19,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from thunder_rollout.core.events import FinishReason, ToolStarted, TurnEnded
-from thunder_rollout.errors import BadEvent, EngineDied
+from thunder_rollout.errors import BadEvent, ConfigError, EngineDied
 from thunder_rollout.runtime.service import SchedulerService
 from thunder_rollout.verl_adapter.router.config import RouterConfig
 from thunder_rollout.verl_adapter.router.metrics import RouterMetrics
-from thunder_rollout.verl_adapter.router.pool import ReplicaPool
-from thunder_rollout.verl_adapter.router.programs import VALIDATION, ProgramRecord, Programs
+from thunder_rollout.verl_adapter.router.pool import REFRESH_S, ReplicaPool
+from thunder_rollout.verl_adapter.router.programs import VALIDATION, VALIDATION_PREFIX, ProgramRecord, Programs
 from thunder_rollout.verl_adapter.router.replica import ReplicaFacts, ReplicaPort, ReplicaState
 from thunder_rollout.verl_adapter.router.turns import HeldTurn, HeldTurns, orphans
 
@@ -53,14 +53,15 @@ class Router:
         self._metrics = RouterMetrics()
         self._num_held = 0
         self._joining = dict(servers)  # told, and not read yet
+        self._joins: dict[str, asyncio.Task[Exception | None]] = {}
         self._started: asyncio.Task[None] | None = None
-        self._lock = asyncio.Lock()  # of those that join
+        self._starting = asyncio.Lock()
 
     async def inspect(self) -> None:
         """Raises `ConfigError` for servers that can't be scheduled; starts nothing, and lets the dead rest."""
         results = await asyncio.gather(*(port.facts() for port in self._joining.values()), return_exceptions=True)
         for error in results:
-            if isinstance(error, BaseException) and not isinstance(error, EngineDied):
+            if isinstance(error, BaseException) and not isinstance(error, EngineDied | TimeoutError):
                 raise error
 
     async def acquire(
@@ -74,6 +75,8 @@ class Router:
         self._num_held += 1
         try:
             await self._start()
+            if self._joining and (joins := self._let_join()) and not len(self._pool):
+                await self._wait_for_servers(joins)
             if not len(self._turns) and self._clock() - self._pool.refreshed_s > QUIET_S:
                 await self._pool.refresh()
             while (before := self._programs.current(request_id)) is not None and before.ending:
@@ -110,8 +113,10 @@ class Router:
                 self._service.close(record.name, reason="its caller said so")
 
     async def add_servers(self, servers: Mapping[str, ReplicaPort]) -> None:
+        """One that can't join is asked again with the next request. Raises as `acquire` does where no other serves."""
         self._joining.update(servers)
         await self._start()
+        await self._wait_for_servers(self._let_join())
 
     def remove_servers(self, server_ids: list[str]) -> None:
         for server_id in server_ids:
@@ -157,6 +162,9 @@ class Router:
         return metrics.figures(self._service.metrics())
 
     async def stop(self) -> None:
+        for join in self._joins.values():
+            join.cancel()
+        await asyncio.gather(*self._joins.values(), return_exceptions=True)
         await self._service.stop()
         await self._pool.stop()
 
@@ -178,22 +186,46 @@ class Router:
             raise RuntimeError(NO_SERVERS)
 
     async def _start(self) -> None:
-        """The first call starts the scheduler; any call lets those join that were told since."""
-        async with self._lock:
+        async with self._starting:
             if self._started is None:
                 await self._service.start()
                 self._started = self._service.spawn(self._watch())
-            if self._joining:
-                joining = dict(self._joining)
-                self._learn(await self._pool.join(joining))
-                removed = [name for name in joining if self._joining.pop(name, None) is None]
-                self._pool.leave(removed, "verl removed it")
 
-    def _learn(self, facts: list[ReplicaFacts]) -> None:
-        for told in facts:
-            self._programs.placeholder_ids |= told.placeholder_ids
-            if self._config.scheduler.uses_block_hashes:
-                self._programs.block_size = told.block_size
+    def _let_join(self) -> list[asyncio.Task[Exception | None]]:
+        """Those that were told since; whoever waits for one shares the attempt."""
+        for name, port in self._joining.items():
+            if name not in self._joins or self._joins[name].done():
+                self._joins[name] = asyncio.create_task(self._join(name, port), name=f"{name} joins")
+        return [self._joins[name] for name in self._joining]
+
+    async def _join(self, name: str, port: ReplicaPort) -> Exception | None:
+        """Returns why it can't for now."""
+        try:
+            facts = await self._pool.join(name, port)
+        except (ConfigError, TimeoutError) as error:
+            logger.error("replica=%s can't join: %s", name, error)
+            return error
+        if self._joining.pop(name, None) is None:
+            self._pool.leave([name], "verl removed it")
+        elif facts is not None:
+            self._learn(facts)
+        return None
+
+    async def _wait_for_servers(self, joins: list[asyncio.Task[Exception | None]]) -> None:
+        """Until all that join are there, so that the first requests spread over them; no longer than a moment where
+        some are. Raises what keeps the only ones out."""
+        if joins:
+            await asyncio.wait(joins, timeout=REFRESH_S)
+        while not len(self._pool) and (waiting := [join for join in joins if not join.done()]):
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        errors = [error for join in joins if join.done() and not join.cancelled() and (error := join.result())]
+        if errors and not len(self._pool):
+            raise errors[0]
+
+    def _learn(self, facts: ReplicaFacts) -> None:
+        self._programs.placeholder_ids |= facts.placeholder_ids
+        if self._config.scheduler.uses_block_hashes:
+            self._programs.block_size = facts.block_size
 
     # Turns
 
@@ -203,7 +235,7 @@ class Router:
         record, over = self._programs.recognise(
             request_id,
             prompt_ids,
-            is_validation=self._pool.is_validation(sampling_params),
+            is_validation=request_id.startswith(VALIDATION_PREFIX) or self._pool.is_validation(sampling_params),
             version=self._pool.version,
             now=self._clock(),
         )

@@ -101,3 +101,14 @@ def test_programs_idle_for_long_are_named_once_forgotten_never() -> None:
     assert programs.idle_for(600.0, 605.0) == [record]
     programs.forget(record)
     assert (programs.idle_for(600.0, 700.0), len(programs)) == ([], 0)
+
+
+def test_a_program_whose_name_is_another_s_now_is_not_idle_any_more() -> None:
+    """Else it would be put away in the other's place."""
+    programs = Programs()
+    first, _ = programs.recognise("p", [1, 2, 3], now=0.0)
+    programs.closed(first, 0.0)
+    second, before = programs.recognise("p", [4, 5, 6], now=10.0)
+    assert before is first
+    programs.closed(second, 20.0)
+    assert programs.idle_for(5.0, 100.0) == [second]

@@ -90,6 +90,16 @@ def test_a_replica_that_does_not_tell_its_capacity_is_refused_or_configured() ->
     assert read_state(server) == ReplicaState(paused=False, version=None, prompt_lengths=None)
 
 
+def test_sglang_keeps_its_pause_and_its_requests_itself() -> None:
+    """Names of sglang 0.5.12, which verl 0.9.1 pins: `TokenizerManager.is_pause` and `.rid_to_state`."""
+    requests = {"x": SimpleNamespace(obj=SimpleNamespace(input_ids=[1, 2, 3]))}
+    manager = SimpleNamespace(is_pause=False, rid_to_state=requests)
+    server = SimpleNamespace(config=config(name="sglang"), global_steps=3, tokenizer_manager=manager)
+    assert read_state(server) == ReplicaState(paused=False, version=3, prompt_lengths=(3,))
+    manager.is_pause = True
+    assert read_state(server).paused
+
+
 def test_what_a_run_gives_up_is_said() -> None:
     told = read_facts(vllm_server(config=config(full_determinism=True, enable_prefix_caching=False)), None, 16).warnings
     assert ["full_determinism" in told[0], "enable_prefix_caching" in told[1]] == [True, True]

@@ -10,7 +10,9 @@ from tests.support.replica_contract import CAPACITY_TOKENS, check_replica
 from tests.unit.verl_adapter.router.conftest import ADAPTIVE, prompt, settle
 from thunder_rollout.core.config import CappedConfig, SchedulerConfig
 from thunder_rollout.core.program import Phase
-from thunder_rollout.errors import Rejected
+from thunder_rollout.errors import ConfigError, Rejected
+from thunder_rollout.verl_adapter.router import pool
+from thunder_rollout.verl_adapter.router import router as module
 from thunder_rollout.verl_adapter.router.fake import FakeReplica
 from thunder_rollout.verl_adapter.router.replica import Sampling
 
@@ -257,6 +259,49 @@ async def test_a_server_that_joins_paused_serves_when_it_resumes(make_shell):
     assert await held == "h"
 
 
+async def test_a_server_that_joins_slowly_holds_nobody_whom_others_serve(make_shell, monkeypatch):
+    monkeypatch.setattr(module, "REFRESH_S", 0.05)
+    shell = make_shell("a")
+    late = FakeReplica("late")
+    late.fall_silent()
+    joining = asyncio.create_task(shell.router.add_servers({"late": late}))
+    await settle()
+    assert await asyncio.wait_for(shell.acquire("p"), 1) == "a"
+    assert shell.router.servers() == ["a", "late"]
+    late.answer()
+    await joining
+    assert len(shell.scheduler.backends) == 2
+    assert await shell.acquire("q") == "late"
+
+
+async def test_a_server_that_cannot_be_scheduled_ends_no_request_that_others_serve(make_shell):
+    shell = make_shell("a")
+    bad = FakeReplica("bad")
+    bad.refuse(ConfigError("no such pool"))
+    shell.router._joining["bad"] = bad
+    assert await shell.acquire("p") == "a"
+    shell.router.remove_servers(["a"])
+    with pytest.raises(ConfigError, match="no such pool"):
+        await shell.acquire("p", 150)
+
+
+async def test_a_server_that_does_not_answer_keeps_no_gate_shut(make_shell, monkeypatch):
+    monkeypatch.setattr(pool, "REFRESH_S", 0.05)
+    shell = make_shell("a b")
+    await shell.acquire("p")
+    for replica in shell.replicas.values():
+        replica.become(paused=True)
+    await shell.poll()
+    held = await shell.held("q")
+    assert not held.done()
+    shell.replicas["a"].become(paused=False, version=1)
+    shell.replicas["b"].fall_silent()
+    await shell.poll()
+    await asyncio.wait_for(shell.poll(after_s=1.0), 1)
+    assert await asyncio.wait_for(held, 1) == "a"
+    shell.replicas["b"].answer()
+
+
 async def test_requests_that_wait_when_the_last_server_leaves_hear_of_it(make_shell):
     shell = make_shell("a", scheduler=ONE_AT_A_TIME)
     await shell.acquire("p")
@@ -387,6 +432,16 @@ async def test_validation_is_served_and_kept_out_of_the_figures(make_shell):
     assert figures["thunder/router/num_turns"] == 1
     assert figures["thunder/router/prompt_tokens/mean"] == 200
     assert shell.router.metrics()["thunder/router/num_turns"] == 0, "since the last call"
+
+
+async def test_validation_that_samples_as_training_does_is_told_by_its_name(make_shell):
+    shell = make_shell("a")
+    for turn in range(3):
+        await shell.acquire("validation#v", 100 + 300 * turn)
+        await shell.release("a", "validation#v")
+    await shell.acquire("t", 200)
+    figures = shell.router.metrics()
+    assert (figures["thunder/router/num_turns"], figures["thunder/router/prompt_tokens/mean"]) == (1, 200)
 
 
 async def test_samples_of_one_prompt_are_a_group_until_the_weights_change(make_shell):
