@@ -128,7 +128,7 @@ class Cluster:
             group.create_task(self.fleet.supervise(rollout.max_engines or rollout.num_engines), name="engines")
 
     async def add_engine(self) -> str:
-        """One more engine for the run under way; returns its name. Raises `ConfigError`, `EngineDied`."""
+        """One more engine for the run under way; returns its name. Raises as `EngineFleet.add`."""
         return await self.fleet.add()
 
     async def remove_engine(self, name: str) -> None:
