@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from thunder_rollout.bench.closed_loop import ClosedLoop
 from thunder_rollout.bench.plan import CellKey, CellPlan
+from thunder_rollout.bench.source import core_digest
 from thunder_rollout.bench.window import Window
 from thunder_rollout.bench.workload import Position
 from thunder_rollout.engine.protocol import Engine
@@ -57,6 +58,7 @@ class CellResult:
     longest_wait_s: float
     num_waits_past_rule: int  # longer than scheduler.max_wait_s
     driver_cpu_share: float
+    core: str | None = None  # digest of the scheduler's source; None: of a row from before it was recorded
 
     @property
     def key(self) -> CellKey:
@@ -81,6 +83,7 @@ async def run_cell(
     update_weights: UpdateWeights | None = None,
 ) -> CellResult:
     """Play the cell to its end; `capacities` are the engines' KV tokens. Raises what a slot raises."""
+    core = core_digest()
     loop = ClosedLoop(
         plan.workload,
         start,
@@ -109,7 +112,7 @@ async def run_cell(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-    return _result(plan, loop, open_waits_s, cpu_s / loop.window.measured_s)
+    return replace(_result(plan, loop, open_waits_s, cpu_s / loop.window.measured_s), core=core)
 
 
 def _result(plan: CellPlan, loop: ClosedLoop, open_waits_s: list[float], driver_cpu_share: float) -> CellResult:

@@ -10,6 +10,7 @@ import csv
 import importlib.util
 import logging
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import groupby
@@ -95,6 +96,8 @@ def write_report(folder: Path, *, plots: bool = True, console: Console | None = 
     write_csv(rows, folder / "bench.csv")
     (folder / "report.md").write_text(markdown(found, read_prefill_costs(folder)))
     print_table(found, console)
+    for line in filter(None, _mixture(rows)):
+        logger.warning(line)
     if plots and importlib.util.find_spec("matplotlib") is None:
         logger.warning("no plots: matplotlib is not installed (`pip install matplotlib`)")
     elif plots:
@@ -117,7 +120,7 @@ def write_csv(rows: Sequence[CellResult], path: Path) -> None:
 
 def markdown(found: Sequence[Summary], costs: Sequence[PrefillCost]) -> str:
     """One table for each model and workload, and what the policies' ratios come to."""
-    lines = [_PREAMBLE]
+    lines = [_PREAMBLE, *_mixture(row for summary in found for row in summary.rows)]
     for (model, workload), group in groupby(found, key=lambda s: (s.first.model, s.first.workload)):
         same = list(group)
         first = same[0].first
@@ -148,6 +151,15 @@ def print_table(found: Sequence[Summary], console: Console | None = None) -> Non
             table.add_row(summary.first.workload, summary.first.model, *_cells(summary))
         table.add_section()
     console.print(table)
+
+
+def _mixture(rows: Iterable[CellResult]) -> list[str]:
+    """What keeps rows from being compared, where something does."""
+    counts = Counter(row.core for row in rows)
+    if len(counts) < 2:
+        return []
+    told = ", ".join(f"{number} by {core or 'one that was not recorded'}" for core, number in counts.items())
+    return ["", f"**The scheduler's source changed between rows**: {told} (`core` in bench.json)."]
 
 
 def _steps(by_seed: dict[int, CellResult]) -> dict[int, float]:

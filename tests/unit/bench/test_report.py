@@ -93,6 +93,19 @@ def test_who_waited_past_the_rule_is_told(tmp_path: Path):
     assert "| 70 (2 past the rule) |" in (tmp_path / "report.md").read_text()
 
 
+def test_rows_of_several_schedulers_are_told_from_rows_of_one(tmp_path: Path):
+    def report(*cores: str | None) -> str:
+        found = [replace(ROW, seed=seed, core=core) for seed, core in enumerate(cores)]
+        (tmp_path / "bench.json").write_text(json.dumps([asdict(row) for row in found]))
+        write_report(tmp_path, plots=False, console=Console(file=StringIO()))
+        return (tmp_path / "report.md").read_text()
+
+    assert "source changed" not in report(None, None)
+    assert "source changed" not in report("a", "a")
+    text = report(None, "a", "b", "b")
+    assert "source changed between rows**: 1 by one that was not recorded, 1 by a, 2 by b" in text
+
+
 def test_nothing_measured_is_nothing_to_report(tmp_path: Path):
     (tmp_path / "bench.json").write_text("[]")
     write_report(tmp_path)
