@@ -84,6 +84,7 @@ async def run_cell(
 ) -> CellResult:
     """Play the cell to its end; `capacities` are the engines' KV tokens. Raises what a slot raises."""
     core = core_digest()
+    stats = await next(iter(engines.values())).stats()
     loop = ClosedLoop(
         plan.workload,
         start,
@@ -94,13 +95,15 @@ async def run_cell(
         vocab_size=vocab_size,
         block_size=plan.engines[0].block_size,
         send_hashes=plan.scheduler.uses_block_hashes,
+        weight_version=stats.weight_version,
     )
     tasks = loop.begin()
     tasks.append(asyncio.create_task(_sample_imbalance(loop.window, engines, capacities)))
     if plan.workload.weight_update_s is not None:
         assert update_weights is not None
         first_s = plan.warmup_s + plan.workload.weight_update_s / 2
-        tasks.append(asyncio.create_task(_update_forever(loop, update_weights, first_s, plan.workload.weight_update_s)))
+        period_s = plan.workload.weight_update_s
+        tasks.append(asyncio.create_task(_update_forever(loop.window, update_weights, first_s, period_s)))
     try:
         await sleep_or_raise(plan.warmup_s, tasks)
         with loop.window.opened():
@@ -131,7 +134,7 @@ def _result(plan: CellPlan, loop: ClosedLoop, open_waits_s: list[float], driver_
         num_programs=plan.num_programs,
         num_turns=len(window.latencies_s),
         num_ended=window.num_ended,
-        num_weight_updates=loop.weight_version,
+        num_weight_updates=window.num_weight_updates,
         steps_per_min=60 * len(window.latencies_s) / window.measured_s,
         kv_hit_rate=window.cached_tokens / num_prompt,
         infinite_kv_hit_rate=window.reusable_tokens / num_prompt,
@@ -157,12 +160,12 @@ async def sleep_or_raise(seconds: float, tasks: list[asyncio.Task[None]]) -> Non
         task.result()
 
 
-async def _update_forever(loop: ClosedLoop, update_weights: UpdateWeights, first_s: float, period_s: float) -> None:
+async def _update_forever(window: Window, update_weights: UpdateWeights, first_s: float, period_s: float) -> None:
     await asyncio.sleep(first_s)
     while True:
         next_one = asyncio.get_running_loop().time() + period_s
         await update_weights(f"{time.monotonic_ns()}")
-        loop.weight_version += 1
+        window.num_weight_updates += 1
         await asyncio.sleep(max(0.0, next_one - asyncio.get_running_loop().time()))
 
 

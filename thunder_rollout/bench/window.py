@@ -30,6 +30,7 @@ class Window:
     reusable_tokens: int = 0
     recomputed_tokens: int = 0
     num_ended: int = 0
+    num_weight_updates: int = 0  # in the warm-up too
     imbalances: list[float] = field(default_factory=list)
     cost: CostMeter = field(default_factory=CostMeter)
 
@@ -53,6 +54,7 @@ class Window:
             output_tokens=len(generation.token_ids),
             prefill_s=generation.prefill_s,
             decode_s=generation.decode_s,
+            refill_tokens=result.refill_tokens,
         )
         self.latencies_s.append(result.queue_s + result.engine_s)
         self.prompt_tokens += turn.prompt_tokens
