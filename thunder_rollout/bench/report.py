@@ -29,14 +29,16 @@ logger = logging.getLogger(__name__)
 
 OURS = "adaptive"
 COST_TERMS = ("decode", "prefill", "recompute", "unused", "caching")
-_TABLE_WIDTH = 190
+_TABLE_WIDTH = 205
 _PREAMBLE = (
     "Means over repetitions with 95% intervals (Student's t); ratios are paired by seed. Costs are shares of "
-    "KV capacity x time; latency runs from a turn's request to its last token."
+    "KV capacity x time; latency runs from a turn's request to its last token. Drift is what the scheduler believed of "
+    "an engine's cache and the engine's report corrected, as a share of its KV: mean (and most) of the windows' 95th "
+    "percentiles."
 )
 _COLUMNS = (
     "load", "programs", "policy", "steps/min", f"{OURS} / it", "KV hits", "of infinite KV", "latency p50 / p95 s",
-    "longest wait s", "imbalance", "ended", ", ".join(COST_TERMS),
+    "longest wait s", "imbalance", "drift p95", "ended", ", ".join(COST_TERMS),
 )  # fmt: skip
 
 
@@ -181,9 +183,16 @@ def _cells(summary: Summary) -> list[str]:
         f"{summary.mean('turn_latency_p50_s'):.1f} / {summary.mean('turn_latency_p95_s'):.1f}",
         f"{max(row.longest_wait_s for row in summary.rows):.0f}" + (f" ({past} past the rule)" if past else ""),
         f"{summary.mean('imbalance'):.2f}",
+        _drift(summary),
         f"{sum(row.num_ended for row in summary.rows)}",
         ", ".join(f"{summary.cost(term):.2f}" for term in COST_TERMS),
     ]
+
+
+def _drift(summary: Summary) -> str:
+    """Of capacity, mean and most of the repetitions that have it."""
+    drifts = [row.drift_p95 for row in summary.rows if row.drift_p95 is not None]
+    return f"{100 * statistics.fmean(drifts):.1f}% (to {100 * max(drifts):.1f}%)" if drifts else ""
 
 
 def _conclusions(same: Sequence[Summary]) -> list[str]:
