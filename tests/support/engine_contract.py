@@ -400,3 +400,22 @@ async def test_a_reset_under_way_spares_what_is_known_of_running_turns(engine: E
     await follow(engine, resident, whole=True)
     again = [*prompt, *generation.token_ids]
     assert hits(resident, again) == (await run(engine, again, max_tokens=1)).cached_tokens > 0
+
+
+async def test_a_cache_that_new_weights_voided_holds_nothing_and_then_what_came_after(
+    engine: Engine, weights: tuple[WeightSource, WeightSource]
+) -> None:
+    """Also before the next turn. The old weights are put back."""
+    await settled(engine)
+    resident: set[int] = set()
+    await follow(engine, resident, whole=True)
+    prompt = new_prompt(100)
+    await run(engine, prompt)
+    await settled(engine)
+    await engine.update_weights(weights[1], version="other", mode=UpdateMode.WAIT)
+    await follow(engine, resident)
+    assert resident == set()
+    await engine.update_weights(weights[0], version="0", mode=UpdateMode.WAIT)
+    await run(engine, prompt)
+    await follow(engine, resident)
+    assert hits(resident, prompt) == 96

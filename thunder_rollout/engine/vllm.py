@@ -200,6 +200,8 @@ class VllmEngine:
         try:
             async with asyncio.timeout(self._config.startup_timeout_s):
                 await engine.pause_generation(mode="abort", clear_cache=True)
+                if self._events is not None:
+                    self._events.note_cleared()
                 await engine.collective_rpc("begin_reload")
                 for file in files_of(source):
                     with ExitStack() as opened:
