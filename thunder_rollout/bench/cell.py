@@ -62,7 +62,7 @@ class CellResult:
     recomputed_tokens: int
     wait_p95_s: float
     longest_wait_s: float
-    num_waits_past_rule: int  # longer than scheduler.max_wait_s
+    num_waits_past_rule: int  # longer than scheduler.max_wait_s, which a cell outlasts only where it is set so
     driver_cpu_share: float
     drift_p95: float | None = None  # None: the policy has no such belief, the engines don't report, or an older row
     core: str | None = None  # digest of the scheduler's source; None: of a row from before it was recorded
