@@ -99,6 +99,7 @@ class EngineFleet:
             await asyncio.shield(self._turn_away(name, member))
             raise
         self._members[name] = member
+        self._max_engines = max(self._max_engines, len(self._members))
         if self._tasks is not None:
             self._watch(name)
         logger.info("backend=%s joined", name)

@@ -183,13 +183,22 @@ def test_an_engine_that_was_given_up_is_replaced(max_engines: int) -> None:
     run_in_virtual_time(main())
 
 
-def test_one_that_left_is_not_replaced() -> None:
+def test_one_that_left_is_not_replaced_and_one_that_was_added_is() -> None:
     async def main() -> None:
         async with running(2) as shell:
             await shell.fleet.remove("engine0", drain_s=1.0)
             await asyncio.sleep(30.0)
             assert shell.up() == ["engine1"]
             assert shell.launcher.held == {"engine1"}
+            await shell.fleet.add()
+            host = shell.launcher.hosts["engine2"]
+            host.next_makes += [lambda: NeverStarts(CONFIG)] * 3
+            host.kill()
+            await asyncio.sleep(15.0)
+            assert shell.up() == ["engine1", "engine3"]
+            await shell.fleet.remove("engine3", drain_s=1.0)
+            await asyncio.sleep(30.0)
+            assert shell.up() == ["engine1"]
 
     run_in_virtual_time(main())
 
