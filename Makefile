@@ -18,7 +18,7 @@ rollout: setup  ## train the tiny policy (once), then roll out toy SWE tasks: AR
 bench: setup  ## compare the scheduling policies on two real CPU engines (25 min)
 	$(VENV)/bin/thunder-rollout bench $(ARGS)
 
-bench-full: setup  ## the same for every policy, workload and model size (3 h); goes on where it was stopped
+bench-full: setup  ## the same for all policies, workloads and model sizes, not each with each (3 h); goes on where it was stopped
 	$(VENV)/bin/thunder-rollout bench plan=full $(ARGS)
 
 bench-core: setup  ## CPU time of the scheduler's decisions: 10,000 programs on 512 backends (1 min)

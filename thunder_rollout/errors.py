@@ -30,7 +30,7 @@ class RequestError(UserError):
 
 
 class WeightsRefused(UserError):
-    """New weights are not those of this model; the engine goes on with the old ones."""
+    """New weights are not this model's, or not there; the engine goes on with the old ones."""
 
 
 class BadEvent(ThunderError):

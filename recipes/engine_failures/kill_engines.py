@@ -4,8 +4,8 @@
 
 Scripted programs (those of `thunder-rollout bench`) run greedily on two real engines in a closed loop. Every second
 kill takes the engine core alone, the others its whole actor. The next kill comes when throughput is back. At the end
-every program finishes, every turn is checked, and every `CHECK_EVERY`th turn is computed again, alone on an engine.
-Exits with 1 where anything is lost or recovery takes longer than `RECOVER_WITHIN_S`.
+every program finishes, every turn is checked token for token, and every `CHECK_EVERY`th is computed again, alone on an
+engine. Exits with 1 where anything is lost or recovery takes longer than `RECOVER_WITHIN_S`.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ GIVE_UP_S = 120.0
 CHECK_EVERY = 20
 NEAR_TIE = 0.05  # nats: batches of another shape may order two tokens so close the other way
 
+Piece = tuple[list[int], list[int]]  # what an engine was given, and what it said
+
 
 class Listening(RemoteScheduler):
     """Notes when a backend's generation first went down and came up."""
@@ -72,18 +74,40 @@ class Kill:
     recovered_s: float  # after it was up
 
 
+class Overheard:
+    """An engine of which is noted what it was given and what it said, by program, for `Record.add` to take."""
+
+    def __init__(self, engine: RemoteEngine, heard: dict[str, list[Piece]]) -> None:
+        self._engine = engine
+        self._heard = heard
+
+    async def generate(self, request: GenerateRequest) -> Generation:
+        generation = await self._engine.generate(request)
+        self._heard.setdefault(request.program, []).append((list(request.prompt_ids), list(generation.token_ids)))
+        return generation
+
+
 @dataclass(slots=True)
 class Record:
+    """`heard` is what engines were given and said in turns that have ended and were not added yet."""
+
     vocab_size: int
+    heard: dict[str, list[Piece]] = field(default_factory=dict)
+    contexts: dict[str, list[int]] = field(default_factory=dict)  # of programs: what engines were given and said
     ended_at: list[float] = field(default_factory=list)
     kept: list[tuple[list[int], Generation]] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
     num_programs: int = 0
     num_finished: int = 0
 
-    def add(self, program: str, prompt: list[int], asked: int, generation: Generation) -> None:
-        """A turn is whole if the engine saw the whole context and gave exactly what was asked."""
+    def add(self, program: str, observation: list[int], asked: int, generation: Generation) -> None:
+        """A turn is whole if the engine was given the turn before, token for token, and the observation, and said
+        what the program was told, as much as was asked."""
         ids = generation.token_ids
+        prompt = self.contexts.get(program, []) + observation
+        self.contexts[program] = prompt + ids
+        if not follows(prompt, self.heard.pop(program, []), ids):
+            self.wrong.append(f"{program}: not the turn before and the observation, or not what the engine said")
         if generation.prompt_tokens != len(prompt) or len(ids) != asked or len(generation.logprobs) != asked:
             self.wrong.append(f"{program}: {generation.prompt_tokens}/{len(prompt)} tokens in, {len(ids)}/{asked} out")
         if not all(0 <= i < self.vocab_size for i in ids):
@@ -94,6 +118,18 @@ class Record:
 
     def per_s(self, since: float, until: float) -> float:
         return sum(since < at <= until for at in self.ended_at) / (until - since)
+
+
+def follows(prompt: list[int], pieces: list[Piece], ids: list[int]) -> bool:
+    """Whether engines were given `prompt` and said `ids`: in one piece, or each with those before it. A piece whose
+    engine died as it was done is asked again, from the prompt."""
+    context = prompt
+    for given, said in pieces:
+        context = prompt if given == prompt else context
+        if given != context:
+            return False
+        context = context + said
+    return context == prompt + ids
 
 
 def same_speech(said: Generation, again: Generation) -> str:
@@ -133,6 +169,7 @@ async def _run(
     capacity = sum(info.capacity_tokens for info in infos)
     num_slots = max(1, round(load * capacity / mean_context_tokens(workload)))
     engines = {name: RemoteEngine(handle) for name, handle in fleet.handles.items()}
+    overheard = {name: Overheard(engine, record.heard) for name, engine in engines.items()}
     draining = asyncio.Event()
     block_size = infos[0].block_size if config.scheduler.uses_block_hashes else None
 
@@ -147,17 +184,19 @@ async def _run(
         program = script(workload, position, seed=0, vocab_size=record.vocab_size)
         name, context = f"program{position.index}", list(program.context_ids)
         record.num_programs += 1
-        async with ProgramClient(name, scheduler, engines, block_size=block_size) as client:
+        record.contexts[name] = list(context)
+        async with ProgramClient(name, scheduler, overheard, block_size=block_size) as client:
             for turn in program.turns:
                 context += turn.new_ids
                 sampling = Sampling(max_tokens=turn.output_tokens, temperature=0.0, ignore_eos=True)
                 generation = (await client.turn(context, sampling)).generation
-                record.add(name, context, turn.output_tokens, generation)
+                record.add(name, list(turn.new_ids), turn.output_tokens, generation)
                 context += generation.token_ids
                 await client.tool_started(turn.tool)
                 await asyncio.sleep(turn.tool_s)
                 await client.tool_ended()
         record.num_finished += 1
+        del record.contexts[name]
 
     async with asyncio.TaskGroup() as group:
         for position in random_positions(workload, seed=0, num_slots=num_slots):

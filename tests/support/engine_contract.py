@@ -179,6 +179,7 @@ async def test_a_turn_under_new_weights_is_recorded_as_such_and_finds_no_cache(
 ) -> None:
     """Also puts the old weights back, for the tests that share the engine: a turn then repeats itself."""
     prompt = new_prompt(100)
+    await engine.check_weights(weights[1])
     before = await run(engine, prompt)
     await engine.update_weights(weights[1], version="other", mode=UpdateMode.WAIT)
     during = await run(engine, prompt)
@@ -227,6 +228,8 @@ async def test_an_update_that_is_cancelled_while_turns_finish_changes_nothing(
 
 
 async def test_weights_that_are_not_there_are_refused_and_the_old_ones_serve(engine: Engine) -> None:
+    with pytest.raises(WeightsRefused, match="nowhere"):
+        await engine.check_weights(FolderWeights(path="/nowhere"))
     with pytest.raises(WeightsRefused, match="nowhere"):
         await engine.update_weights(FolderWeights(path="/nowhere"), version="x", mode=UpdateMode.CUT)
     assert (await run(engine, new_prompt(40))).weight_version == "0"
@@ -397,3 +400,22 @@ async def test_a_reset_under_way_spares_what_is_known_of_running_turns(engine: E
     await follow(engine, resident, whole=True)
     again = [*prompt, *generation.token_ids]
     assert hits(resident, again) == (await run(engine, again, max_tokens=1)).cached_tokens > 0
+
+
+async def test_a_cache_that_new_weights_voided_holds_nothing_and_then_what_came_after(
+    engine: Engine, weights: tuple[WeightSource, WeightSource]
+) -> None:
+    """Also before the next turn. The old weights are put back."""
+    await settled(engine)
+    resident: set[int] = set()
+    await follow(engine, resident, whole=True)
+    prompt = new_prompt(100)
+    await run(engine, prompt)
+    await settled(engine)
+    await engine.update_weights(weights[1], version="other", mode=UpdateMode.WAIT)
+    await follow(engine, resident)
+    assert resident == set()
+    await engine.update_weights(weights[0], version="0", mode=UpdateMode.WAIT)
+    await run(engine, prompt)
+    await follow(engine, resident)
+    assert hits(resident, prompt) == 96

@@ -14,7 +14,7 @@ import ray
 from thunder_rollout.bench.cell import CellResult, run_cell
 from thunder_rollout.bench.config import BenchConfig
 from thunder_rollout.bench.fleet import FleetHolder, scheduler_for
-from thunder_rollout.bench.plan import CellPlan, planned_cells
+from thunder_rollout.bench.plan import CellPlan, planned_cells, whole_plan
 from thunder_rollout.bench.prefill_cost import PrefillCosts
 from thunder_rollout.bench.rehearsal import rehearse
 from thunder_rollout.bench.runner import run_cells
@@ -38,7 +38,7 @@ async def run_bench(config: BenchConfig, folder: Path) -> list[CellPlan]:
     try:
         with tempfile.TemporaryDirectory(prefix="thunder-bench-") as scratch:
             measurer = _LiveMeasurer(FleetHolder(Path(scratch)), folder, config.rehearsal_lives)
-            return await run_cells(plans, RowStore(folder), measurer)
+            return await run_cells(plans, RowStore(folder, whole_plan(config)), measurer)
     finally:
         ray.shutdown()
 

@@ -24,7 +24,8 @@ _NOT_SETTINGS = ("model", "seed", "startup_timeout_s", "log_level", "num_cpus") 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CellKey:
-    """What names a row of bench.json; `settings` is a digest of all else that a cell was run with."""
+    """What names a row of bench.json; `settings` is a digest of all else of the configuration that a cell was run
+    with, and of the package's version."""
 
     workload: str
     model: str
@@ -32,6 +33,11 @@ class CellKey:
     policy: str
     seed: int
     settings: str
+
+    @property
+    def kind(self) -> CellKey:
+        """The same for all repetitions of a cell, and for no other."""
+        return replace(self, seed=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +71,11 @@ def planned_cells(config: BenchConfig) -> list[CellPlan]:
         for cell in cells if repetition % 2 == 0 else reversed(cells):
             found.setdefault(cell.key, cell)
     return list(found.values())
+
+
+def whole_plan(config: BenchConfig) -> set[CellKey]:
+    """The kinds of cells of the plan, those included that `config` leaves out."""
+    return {plan.key.kind for plan in planned_cells(replace(config, workloads=None, policies=None, loads=None))}
 
 
 def _narrowed(cells: CellsConfig, config: BenchConfig) -> CellsConfig | None:

@@ -10,6 +10,7 @@ import csv
 import importlib.util
 import logging
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import groupby
@@ -28,14 +29,16 @@ logger = logging.getLogger(__name__)
 
 OURS = "adaptive"
 COST_TERMS = ("decode", "prefill", "recompute", "unused", "caching")
-_TABLE_WIDTH = 190
+_TABLE_WIDTH = 205
 _PREAMBLE = (
     "Means over repetitions with 95% intervals (Student's t); ratios are paired by seed. Costs are shares of "
-    "KV capacity x time; latency runs from a turn's request to its last token."
+    "KV capacity x time; latency runs from a turn's request to its last token. Drift is what the scheduler believed of "
+    "an engine's cache and the engine's report corrected, as a share of its KV: mean (and most) of the windows' 95th "
+    "percentiles."
 )
 _COLUMNS = (
     "load", "programs", "policy", "steps/min", f"{OURS} / it", "KV hits", "of infinite KV", "latency p50 / p95 s",
-    "longest wait s", "imbalance", "ended", ", ".join(COST_TERMS),
+    "longest wait s", "imbalance", "drift p95", "ended", ", ".join(COST_TERMS),
 )  # fmt: skip
 
 
@@ -95,6 +98,8 @@ def write_report(folder: Path, *, plots: bool = True, console: Console | None = 
     write_csv(rows, folder / "bench.csv")
     (folder / "report.md").write_text(markdown(found, read_prefill_costs(folder)))
     print_table(found, console)
+    for line in filter(None, _mixture(rows)):
+        logger.warning(line)
     if plots and importlib.util.find_spec("matplotlib") is None:
         logger.warning("no plots: matplotlib is not installed (`pip install matplotlib`)")
     elif plots:
@@ -117,7 +122,7 @@ def write_csv(rows: Sequence[CellResult], path: Path) -> None:
 
 def markdown(found: Sequence[Summary], costs: Sequence[PrefillCost]) -> str:
     """One table for each model and workload, and what the policies' ratios come to."""
-    lines = [_PREAMBLE]
+    lines = [_PREAMBLE, *_mixture(row for summary in found for row in summary.rows)]
     for (model, workload), group in groupby(found, key=lambda s: (s.first.model, s.first.workload)):
         same = list(group)
         first = same[0].first
@@ -150,6 +155,15 @@ def print_table(found: Sequence[Summary], console: Console | None = None) -> Non
     console.print(table)
 
 
+def _mixture(rows: Iterable[CellResult]) -> list[str]:
+    """What keeps rows from being compared, where something does."""
+    counts = Counter(row.core for row in rows)
+    if len(counts) < 2:
+        return []
+    told = ", ".join(f"{number} by {core or 'one that was not recorded'}" for core, number in counts.items())
+    return ["", f"**The scheduler's source changed between rows**: {told} (`core` in bench.json)."]
+
+
 def _steps(by_seed: dict[int, CellResult]) -> dict[int, float]:
     return {seed: row.steps_per_min for seed, row in by_seed.items()}
 
@@ -169,9 +183,16 @@ def _cells(summary: Summary) -> list[str]:
         f"{summary.mean('turn_latency_p50_s'):.1f} / {summary.mean('turn_latency_p95_s'):.1f}",
         f"{max(row.longest_wait_s for row in summary.rows):.0f}" + (f" ({past} past the rule)" if past else ""),
         f"{summary.mean('imbalance'):.2f}",
+        _drift(summary),
         f"{sum(row.num_ended for row in summary.rows)}",
         ", ".join(f"{summary.cost(term):.2f}" for term in COST_TERMS),
     ]
+
+
+def _drift(summary: Summary) -> str:
+    """Of capacity, mean and most of the repetitions that have it."""
+    drifts = [row.drift_p95 for row in summary.rows if row.drift_p95 is not None]
+    return f"{100 * statistics.fmean(drifts):.1f}% (to {100 * max(drifts):.1f}%)" if drifts else ""
 
 
 def _conclusions(same: Sequence[Summary]) -> list[str]:

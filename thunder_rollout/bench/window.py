@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from thunder_rollout.agent.loop import TurnResult
 from thunder_rollout.core.cost import CostMeter, TurnCost
 from thunder_rollout.core.events import Event, TurnRequested
+from thunder_rollout.core.snapshot import SchedulerSnapshot
 from thunder_rollout.runtime.client import SchedulerPort
 from thunder_rollout.runtime.service import Grant
 from thunder_rollout.sandbox.protocol import SandboxSpec
@@ -30,7 +31,9 @@ class Window:
     reusable_tokens: int = 0
     recomputed_tokens: int = 0
     num_ended: int = 0
+    num_weight_updates: int = 0  # in the warm-up too
     imbalances: list[float] = field(default_factory=list)
+    drifts: list[float] = field(default_factory=list)  # shares of an engine's KV
     cost: CostMeter = field(default_factory=CostMeter)
 
     @contextmanager
@@ -53,6 +56,7 @@ class Window:
             output_tokens=len(generation.token_ids),
             prefill_s=generation.prefill_s,
             decode_s=generation.decode_s,
+            refill_tokens=result.refill_tokens,
         )
         self.latencies_s.append(result.queue_s + result.engine_s)
         self.prompt_tokens += turn.prompt_tokens
@@ -67,6 +71,16 @@ class Window:
 
     def add_end(self) -> None:
         self.num_ended += self.open
+
+    def add_drifts(self, scheduler: SchedulerSnapshot) -> None:
+        """What the newest report of each engine corrected, where there is one."""
+        for backend in scheduler.backends:
+            if self.open and backend.drift_tokens is not None:
+                self.drifts.append(backend.drift_tokens / backend.capacity_tokens)
+
+    @property
+    def drift_p95(self) -> float | None:
+        return sorted(self.drifts)[int(0.95 * (len(self.drifts) - 1))] if self.drifts else None
 
     @property
     def imbalance(self) -> float:

@@ -20,7 +20,8 @@ class TurnCost:
 
     `previous_context_tokens` is the program's context when its last turn ended (0 before the
     first): these tokens of the prompt had been computed before. Of the `prompt_tokens`,
-    `cached_tokens` came from the cache and the rest was prefilled in `prefill_s`.
+    `cached_tokens` came from the cache and the rest was prefilled in `prefill_s`, as were `refill_tokens` more
+    where the turn was cut and went on: of its prompt and its output so far, once again.
     """
 
     prompt_tokens: int
@@ -29,15 +30,16 @@ class TurnCost:
     output_tokens: int
     prefill_s: float
     decode_s: float
+    refill_tokens: int = 0
 
     @property
     def prefilled_tokens(self) -> int:
-        return max(0, self.prompt_tokens - self.cached_tokens)
+        return max(0, self.prompt_tokens - self.cached_tokens) + self.refill_tokens
 
     @property
     def recomputed_tokens(self) -> int:
-        """Prefilled although computed before: prompt - cached - new."""
-        return max(0, min(self.previous_context_tokens, self.prompt_tokens) - self.cached_tokens)
+        """Prefilled although computed before: prompt - cached - new, and what was refilled."""
+        return max(0, min(self.previous_context_tokens, self.prompt_tokens) - self.cached_tokens) + self.refill_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -193,9 +193,10 @@ class Scheduler:
     def _on_turn_ended(self, event: TurnEnded, now: float) -> None:
         check_end(event)
         program = holder(self._state, event)
+        if event.weight_version is not None and event.output_tokens != 0 and event.program in self._state.programs:
+            # also where the grant was taken back: on an engine that leaves, turns may finish
+            self._state.programs[event.program].note_weights(self._versions.number(event.weight_version))
         if program is not None:
-            if event.weight_version is not None and event.output_tokens != 0:
-                program.note_weights(self._versions.number(event.weight_version))
             self._state.end_turn(program, event.grant, event.output_tokens, event.finish_reason, now)
             self._honour_mark(program)
 

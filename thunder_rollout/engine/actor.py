@@ -52,6 +52,9 @@ class EngineActor:
     async def cache_changes(self, *, whole: bool = False) -> CacheChanges | None:
         return await self._engine.cache_changes(whole=whole)
 
+    async def check_weights(self, source: WeightSource) -> None:
+        await self._engine.check_weights(source)
+
     async def update_weights(self, source: WeightSource, version: str, mode: UpdateMode) -> None:
         await self._engine.update_weights(source, version=version, mode=mode)
 

@@ -160,10 +160,13 @@ class FakeEngine:
             return None
         return self._report.changes(self._model.cached_hashes(), whole=whole)
 
-    async def update_weights(self, source: WeightSource, *, version: str, mode: UpdateMode) -> None:
+    async def check_weights(self, source: WeightSource) -> None:
         self._check_alive()
         if isinstance(source, FolderWeights) and not Path(source.path).is_dir():
             raise WeightsRefused(f"weights {source.path}: no such folder; give one that the engines can read")
+
+    async def update_weights(self, source: WeightSource, *, version: str, mode: UpdateMode) -> None:
+        await self.check_weights(source)
         await self._gate.update(version, self._load_weights, cut=None if mode is UpdateMode.WAIT else self._cut)
 
     async def stop(self) -> None:

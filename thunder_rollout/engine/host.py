@@ -81,6 +81,9 @@ class EngineHost:
     async def cache_changes(self, *, whole: bool = False) -> CacheChanges | None:
         return await self.engine.cache_changes(whole=whole)
 
+    async def check_weights(self, source: WeightSource) -> None:
+        await self.engine.check_weights(source)
+
     async def update_weights(self, source: WeightSource, *, version: str, mode: UpdateMode) -> None:
         try:
             await self._unless_it_dies(self.engine.update_weights(source, version=version, mode=mode), None)

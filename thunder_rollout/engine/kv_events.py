@@ -3,7 +3,8 @@
 vLLM numbers the batches of its events and keeps the newest for replay (`ZmqEventPublisher`). Each
 `read` asks for all batches since the last one, so there is nothing to subscribe to, nothing to drop
 and one way to find a gap: the first batch that comes is not the next one. Then the buffer has lost
-events, and nothing is known until the cache is cleared.
+events, and nothing is known until the cache is cleared, as every weight update does: vLLM has no way to
+ask for all it holds. Meanwhile the scheduler hears of usage alone, and tells no drift.
 
 The engine names a block by a hash of its own; it is translated, through the token ids that come with
 it, to `engine.hashing`'s. Two blocks of one content are one hash, resident until both are gone.

@@ -119,6 +119,9 @@ class Engine(Protocol):
         """What the prefix cache took in and gave up since the last call (`whole`: all it holds); for one
         caller. None while that isn't known, from an engine without block events always."""
 
+    async def check_weights(self, source: WeightSource) -> None:
+        """Raises `WeightsRefused` if `update_weights` would."""
+
     async def update_weights(self, source: WeightSource, *, version: str, mode: UpdateMode) -> None:
         """Serve these weights, called `version`, from now on; the cache is void. Turns in flight finish first
         or are cut (they return with finish reason `abort`), turns that come meanwhile wait.

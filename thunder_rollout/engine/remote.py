@@ -60,6 +60,10 @@ class RemoteEngine:
         """End the actor's process, whatever state it is in; Ray makes it anew."""
         ray.kill(self._handle, no_restart=False)
 
+    async def check_weights(self, source: WeightSource) -> None:
+        """`source` as for `update_weights`."""
+        await self._call(self._handle.check_weights.remote(source))
+
     async def update_weights(self, source: WeightSource, *, version: str, mode: UpdateMode) -> None:
         """`source` must be what `shared` returned, or small."""
         await self._call(self._handle.update_weights.remote(source, version, mode))

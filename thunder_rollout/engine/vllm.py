@@ -141,9 +141,13 @@ class VllmEngine:
         self._alive()
         return await self._events.changes(whole=whole) if self._events is not None else None
 
+    async def check_weights(self, source: WeightSource) -> None:
+        self._alive()
+        await asyncio.to_thread(check_weights, source, self._config.model)
+
     async def update_weights(self, source: WeightSource, *, version: str, mode: UpdateMode) -> None:
         engine = self._alive()
-        await asyncio.to_thread(check_weights, source, self._config.model)
+        await self.check_weights(source)
         await self._gate.update(
             version,
             lambda: self._load_weights(engine, source, version),
@@ -196,6 +200,8 @@ class VllmEngine:
         try:
             async with asyncio.timeout(self._config.startup_timeout_s):
                 await engine.pause_generation(mode="abort", clear_cache=True)
+                if self._events is not None:
+                    self._events.note_cleared()
                 await engine.collective_rpc("begin_reload")
                 for file in files_of(source):
                     with ExitStack() as opened:

@@ -30,6 +30,7 @@ from thunder_rollout.engine.giving_up import unless
 from thunder_rollout.engine.hashing import BlockHasher
 from thunder_rollout.engine.protocol import Engine, GenerateRequest, Generation, Sampling
 from thunder_rollout.errors import BadEvent, EngineDied, EngineFailed, RequestPoisoned
+from thunder_rollout.observe.metrics import MetricsSnapshot
 from thunder_rollout.runtime.service import Grant, SchedulerService
 from thunder_rollout.sandbox.protocol import SandboxSpec
 
@@ -72,6 +73,9 @@ class LocalScheduler:
 
     async def close(self, program: str, *, reason: str | None = None) -> None:
         self._service.close(program, reason=reason)
+
+    async def metrics(self) -> MetricsSnapshot:
+        return self._service.metrics()
 
 
 @dataclass(slots=True)

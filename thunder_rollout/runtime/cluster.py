@@ -128,7 +128,7 @@ class Cluster:
             group.create_task(self.fleet.supervise(rollout.max_engines or rollout.num_engines), name="engines")
 
     async def add_engine(self) -> str:
-        """One more engine for the run under way; returns its name. Raises `ConfigError`, `EngineDied`."""
+        """One more engine for the run under way; returns its name. Raises as `EngineFleet.add`."""
         return await self.fleet.add()
 
     async def remove_engine(self, name: str) -> None:
@@ -153,8 +153,8 @@ class Cluster:
 
     async def update_weights(self, source: WeightSource | Mapping[str, Any], *, version: str) -> UpdateReport:
         """Serve other weights from now on, without losing a request; `rollout.update_mode` says what becomes
-        of turns in flight. A mapping is of torch tensors by their checkpoint names. Raises `WeightsRefused` if
-        they are not this model's."""
+        of turns in flight. A mapping is of torch tensors by their checkpoint names. Raises `WeightsRefused`, and
+        the old ones serve on, as `runtime.weights.update_weights` does."""
         bucket_bytes = self.config.rollout.update_weights_bucket_megabytes * 2**20
         taken = await asyncio.to_thread(shared, source, bucket_bytes=bucket_bytes)
         return await self._weights.update(self.scheduler, taken, version=version)

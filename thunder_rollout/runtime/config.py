@@ -14,7 +14,7 @@ class RolloutSettings:
 
     n: int = 4  # samples of each task (a GRPO group)
     num_engines: int = 2
-    max_engines: int | None = None  # more join where the cluster gains room; null: none do
+    max_engines: int | None = None  # more join where the cluster gains room; null: only in the place of one given up
     drain_s: float = 60.0  # turns in flight of an engine that leaves may finish for so long
     num_workers: int = 2
     concurrency: int = 32  # samples in flight over all workers

@@ -6,8 +6,8 @@ before. A grant that is never used loses what it told, and LRU decides. In the s
 (+-0.8) of `mini_swe_agent` on h100x8_glm46_fp8, where programs act for so long that LRU reaches what they
 have while it spares what ended programs left; 0.5% (+-0.5) with the bench's short contexts on cpu_tiny. On two
 real CPU engines (`short_tools`, load 4, five pairs of 18 s on a busy machine) it did 1.00 +- 0.27 times the steps
-at hits of 0.84 against 0.83, and recomputed 24k tokens a window against 37k; the windows' p95 of drift was 1.1%
-of capacity in the mean and 2.2% at most (1.6% and 4.1% without it). So it is off unless asked for.
+at hits of 0.84 against 0.83, and recomputed 24k tokens a window against 37k; the p95 of drift of the five windows
+was 1.1% of capacity in the mean and 2.2% at most (1.6% and 4.1% without it). So it is off unless asked for.
 `thunder-rollout simulate sim_engine.release_on_pause=true` shows it.
 """
 

@@ -319,7 +319,7 @@ class SchedulerService:
             del self._live_backends[event.backend]
             self._returning.add(event.backend)
         if event.returning:
-            self._lost[event.backend] = event.generation
+            self._lost[event.backend] = max(event.generation, self._lost.get(event.backend, event.generation))
             self._a_loss.set()
             self._a_loss = asyncio.Event()
         if event.returning or event.backend in self._live_backends:

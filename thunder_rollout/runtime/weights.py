@@ -3,22 +3,27 @@
 Contract: no request is lost; when an update is over, however it ended, every gate it shut is open
 again; an engine that (re)starts gets the current weights before it is announced (`Weights.load_into`).
 Updates and starts take turns, so an engine that comes up during an update comes up with its weights.
+Weights are taken by all engines or by none: each is asked before the first loads them, and one that
+refuses what others have loaded by then is killed, to start anew.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import AsyncIterator, Mapping
+import os
+import stat
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from thunder_rollout.core.events import Event, WeightsUpdated, WeightsUpdating
+from thunder_rollout.core.events import INITIAL_VERSION, Event, WeightsUpdated, WeightsUpdating
 from thunder_rollout.engine.protocol import EngineStats
 from thunder_rollout.engine.weights import FolderWeights, UpdateMode, WeightSource
-from thunder_rollout.errors import EngineDied
+from thunder_rollout.errors import EngineDied, WeightsRefused
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +37,12 @@ class WeightsTaker(Protocol):
 
     async def stats(self) -> EngineStats: ...
 
+    async def check_weights(self, source: WeightSource) -> None: ...
+
     async def update_weights(self, source: WeightSource, *, version: str, mode: UpdateMode) -> None: ...
+
+    def kill(self) -> None:
+        """End it; whoever watches it starts it again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,21 +67,43 @@ async def update_weights(
     """Bring every engine of `engines` (by backend name, all of them announced) to the weights `source`,
     called `version`; `batch` of them at a time, all at once where None.
 
-    Raises `WeightsRefused` if they are not this model's. An engine that dies is left to whoever watches it.
+    Raises `WeightsRefused` if one of them can't take them; all serve the old ones then. An engine that dies is
+    left to whoever watches it.
     """
     started_s = asyncio.get_running_loop().time()
+    _check_version(version)
+    checks = (engine.check_weights(source) for engine in engines.values())
+    _raise_unless(EngineDied, await asyncio.gather(*checks, return_exceptions=True))
     died: list[str] = []
+    has_served = False
     for names in _batches(list(engines), batch):
         async with _gate(scheduler, names, version):
             calls = (engines[name].update_weights(source, version=version, mode=mode) for name in names)
             results = await asyncio.gather(*calls, return_exceptions=True)
-            died += [name for name, result in zip(names, results, strict=True) if isinstance(result, EngineDied)]
-            for result in results:
-                if isinstance(result, BaseException) and not isinstance(result, EngineDied):
-                    raise result
+            has_served = has_served or None in results
+            _raise_unless((EngineDied, WeightsRefused) if has_served else EngineDied, results)
+            for name, result in zip(names, results, strict=True):
+                if isinstance(result, WeightsRefused):
+                    logger.warning("backend=%s refuses what others serve, and is killed: %s", name, result)
+                    engines[name].kill()
+            died += [name for name, result in zip(names, results, strict=True) if result is not None]
     return UpdateReport(
         version=version, duration_s=asyncio.get_running_loop().time() - started_s, died=tuple(sorted(died))
     )
+
+
+def _check_version(version: str) -> None:
+    if version == INITIAL_VERSION:
+        raise WeightsRefused(
+            f"weights version={version!r}: that is how the weights are called that engines start with; give these "
+            "another version (of a checkpoint in rollout.weights_folder: its folder another name)"
+        )
+
+
+def _raise_unless(expected: type[Exception] | tuple[type[Exception], ...], results: Iterable[object]) -> None:
+    for result in results:
+        if isinstance(result, BaseException) and not isinstance(result, expected):
+            raise result
 
 
 @asynccontextmanager
@@ -102,7 +134,9 @@ class Weights:
         self._turn = asyncio.Lock()
 
     def start_with(self, source: WeightSource, *, version: str) -> None:
-        """Engines that are yet to be announced get these."""
+        """Engines that are yet to be announced get these. Raises `WeightsRefused` for the version that engines
+        have without them."""
+        _check_version(version)
         self.version, self._source = version, source
 
     async def update(self, scheduler: EventPort, source: WeightSource, *, version: str) -> UpdateReport:
@@ -131,7 +165,8 @@ class WeightsFolder:
 
     A checkpoint is complete when it is there: write it under a name that begins with a dot, or on the
     same file system elsewhere, and rename it. Its name is its version. The newest by time of change
-    counts; older ones that nobody loaded are passed over.
+    counts; older ones that nobody loaded are passed over. One that is removed meanwhile was never there, but
+    keep the newest: engines that start load it.
     """
 
     def __init__(self, folder: str) -> None:
@@ -140,11 +175,17 @@ class WeightsFolder:
 
     def newest(self) -> tuple[FolderWeights, str] | None:
         """A checkpoint that was not returned before, with its version."""
-        if not self._folder.is_dir():
+        _, name = max(self._there(), default=(0, None))
+        if name is None or name == self._seen:
             return None
-        there = [path for path in self._folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
-        path = max(there, key=lambda path: (path.stat().st_mtime_ns, path.name), default=None)
-        if path is None or path.name == self._seen:
-            return None
-        self._seen = path.name
-        return FolderWeights(path=str(path.resolve())), path.name
+        self._seen = name
+        return FolderWeights(path=str((self._folder / name).resolve())), name
+
+    def _there(self) -> Iterator[tuple[int, str]]:
+        """When each was changed, and its name."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            for name in os.listdir(self._folder):
+                with contextlib.suppress(FileNotFoundError):
+                    status = (self._folder / name).stat()
+                    if stat.S_ISDIR(status.st_mode) and not name.startswith("."):
+                        yield status.st_mtime_ns, name

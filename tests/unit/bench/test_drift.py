@@ -8,8 +8,10 @@ from dataclasses import replace
 import pytest
 
 from tests.support.failing_engines import SUPERVISED, supervised_run
+from thunder_rollout.bench.cell import CellResult, run_cell
 from thunder_rollout.bench.closed_loop import ClosedLoop
-from thunder_rollout.bench.config import WorkloadConfig
+from thunder_rollout.bench.config import BenchConfig, CellsConfig, PlanConfig, WorkloadConfig
+from thunder_rollout.bench.plan import planned_cells
 from thunder_rollout.bench.workload import mean_context_tokens, random_positions
 from thunder_rollout.engine.fake import FakeEngine
 from thunder_rollout.engine.virtual_time import run_in_virtual_time
@@ -33,6 +35,27 @@ async def watch(service: SchedulerService, drifts: list[float]) -> None:
         for backend in service.metrics().scheduler.backends:
             assert backend.drift_tokens is not None
             drifts.append(backend.drift_tokens / backend.capacity_tokens)
+
+
+@pytest.mark.parametrize("kv_events", [True, False])
+def test_a_row_tells_the_drift_of_its_window(kv_events: bool) -> None:
+    config = replace(CONFIG, kv_events=kv_events)
+    cells = CellsConfig(
+        workload="short_tools", policies=["adaptive"], loads=[4.0], seeds=[0], warmup_s=10.0, measure_s=20.0
+    )
+    plan = PlanConfig(name="bench", cells=[cells])
+    (cell,) = planned_cells(BenchConfig(engine=config, plan=plan, workload={"short_tools": WorkloadConfig()}))
+
+    async def main() -> CellResult:
+        start = random_positions(cell.workload, seed=0, num_slots=cell.num_programs)
+        capacities = dict.fromkeys(("engine0", "engine1"), 51_200)
+        async with supervised_run(make=lambda: FakeEngine(config), config=config) as run:
+            scheduler = LocalScheduler(run.service)
+            return await run_cell(cell, start, scheduler, run.hosts, capacities=capacities, vocab_size=500)
+
+    row = run_in_virtual_time(main())
+    assert (row.drift_p95 is not None) == kv_events
+    assert not kv_events or 0 < row.drift_p95 < 0.02
 
 
 @pytest.mark.parametrize("release_on_pause", [False, True])

@@ -22,7 +22,7 @@ ROW = CellResult(
     cost_shares={"decode": 0.5, "prefill": 0.1, "recompute": 0.1, "unused": 0.2, "caching": 0.1}, warmup_s=7.0,
     measure_s=18.0, max_programs=None, model="qwen2_3m", settings="abc", kv_tokens=[51200, 51200], num_ended=8,
     num_weight_updates=0, infinite_kv_hit_rate=0.8, recomputed_tokens=1000, wait_p95_s=2.0, longest_wait_s=70.0,
-    num_waits_past_rule=0, driver_cpu_share=0.2,
+    num_waits_past_rule=0, driver_cpu_share=0.2, drift_p95=0.012,
 )  # fmt: skip
 
 
@@ -91,6 +91,31 @@ def test_who_waited_past_the_rule_is_told(tmp_path: Path):
     (tmp_path / "bench.json").write_text(json.dumps([asdict(replace(ROW, num_waits_past_rule=2))]))
     write_report(tmp_path, plots=False, console=Console(file=StringIO()))
     assert "| 70 (2 past the rule) |" in (tmp_path / "report.md").read_text()
+
+
+def test_rows_of_several_schedulers_are_told_from_rows_of_one(tmp_path: Path):
+    def report(*cores: str | None) -> str:
+        found = [replace(ROW, seed=seed, core=core) for seed, core in enumerate(cores)]
+        (tmp_path / "bench.json").write_text(json.dumps([asdict(row) for row in found]))
+        write_report(tmp_path, plots=False, console=Console(file=StringIO()))
+        return (tmp_path / "report.md").read_text()
+
+    assert "source changed" not in report(None, None)
+    assert "source changed" not in report("a", "a")
+    text = report(None, "a", "b", "b")
+    assert "source changed between rows**: 1 by one that was not recorded, 1 by a, 2 by b" in text
+
+
+def test_drift_is_told_where_it_was_measured(tmp_path: Path):
+    found = [replace(ROW, seed=seed, drift_p95=drift) for seed, drift in enumerate((0.01, 0.022, None))]
+    found.append(replace(ROW, policy="sticky", drift_p95=None))
+    (tmp_path / "bench.json").write_text(json.dumps([asdict(row) for row in found]))
+    write_report(tmp_path, plots=False, console=Console(file=StringIO()))
+    ours, sticky = (line for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("| 4 "))
+    assert "| 0.10 | 1.6% (to 2.2%) | 24 |" in ours
+    assert "| 0.10 |  | 8 |" in sticky
+    with (tmp_path / "bench.csv").open() as file:
+        assert [row["drift_p95"] for row in csv.DictReader(file)] == ["0.01", "0.022", "", ""]
 
 
 def test_nothing_measured_is_nothing_to_report(tmp_path: Path):

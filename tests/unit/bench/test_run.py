@@ -10,9 +10,10 @@ import pytest
 
 from thunder_rollout.bench.cell import CellResult, run_cell
 from thunder_rollout.bench.config import BenchConfig
-from thunder_rollout.bench.plan import CellPlan, planned_cells
+from thunder_rollout.bench.plan import CellPlan, planned_cells, whole_plan
 from thunder_rollout.bench.rehearsal import VOCAB_SIZE, stage
 from thunder_rollout.bench.runner import run_cells
+from thunder_rollout.bench.source import core_digest
 from thunder_rollout.bench.store import RowStore, read_rows
 from thunder_rollout.bench.workload import random_positions
 from thunder_rollout.engine.virtual_time import run_in_virtual_time
@@ -54,7 +55,8 @@ class FakeMeasurer:
 
 def run(config: BenchConfig, measurer: FakeMeasurer) -> tuple[list[CellPlan], Path]:
     folder = Path(config.runs_dir) / config.plan.name
-    return run_in_virtual_time(run_cells(planned_cells(config), RowStore(folder), measurer)), folder
+    store = RowStore(folder, whole_plan(config))
+    return run_in_virtual_time(run_cells(planned_cells(config), store, measurer)), folder
 
 
 @pytest.fixture
@@ -91,6 +93,48 @@ def test_rows_of_other_settings_never_mix(small):
     assert measurer.measured == planned_cells(changed)
     assert {row.measure_s for row in read_rows(folder / "bench.json")} == {3.0}
     assert {row.measure_s for row in read_rows(folder / "bench.previous.json")} == {2.0}
+
+
+def test_a_narrowed_run_leaves_the_other_rows_and_the_whole_one_goes_on_from_them(small):
+    run(small, FakeMeasurer(kill_at=None))
+    whole = replace(small, loads=[0.5, 3.0])
+    with pytest.raises(Killed):
+        run(whole, FakeMeasurer(kill_at=1))
+    _, folder = run(whole, FakeMeasurer())
+    before = read_rows(folder / "bench.json")
+    assert len(before) == len(planned_cells(whole)) == 8
+
+    again = FakeMeasurer()
+    run(replace(whole, policies=["thunder"], loads=[3.0], seeds=[0]), again)
+    run(replace(whole, policies=["thunder"], loads=[3.0], seeds=[1]), again)
+    assert len(again.measured) == 2
+    after = read_rows(folder / "bench.json")
+    assert {row.key for row in after} == {row.key for row in before}
+    narrowed = [row.key for row in read_rows(folder / "bench.previous.json")][-2:]
+    assert narrowed == [plan.key for plan in again.measured], "both, and what was there before them"
+
+    run(replace(whole, loads=[3.0], seeds=[2]), FakeMeasurer())
+    more = FakeMeasurer()
+    run(replace(whole, seeds=[0, 1, 2]), more)
+    assert {(plan.key.load, plan.key.seed) for plan in more.measured} == {(0.5, 2)}
+
+
+def test_what_is_put_aside_is_never_lost(small):
+    for measure_s in (2.0, 3.0, 2.0, 3.0):
+        _, folder = run(replace(small, measure_s=measure_s), FakeMeasurer())
+    assert [row.measure_s for row in read_rows(folder / "bench.previous.json")] == [2.0] * 4 + [3.0] * 4 + [2.0] * 4
+    assert {row.measure_s for row in read_rows(folder / "bench.json")} == {3.0}
+
+
+def test_rows_from_before_a_field_was_recorded_are_read_and_gone_on_from(small):
+    _, folder = run(small, FakeMeasurer())
+    raw = json.loads((folder / "bench.json").read_text())
+    assert raw[0].pop("core") == core_digest()
+    (folder / "bench.json").write_text(json.dumps(raw[:1]))
+    measurer = FakeMeasurer()
+    run(small, measurer)
+    assert measurer.measured == planned_cells(small)[1:]
+    assert [row.core for row in read_rows(folder / "bench.json")] == [None, *[core_digest()] * 3]
 
 
 def test_more_seeds_go_on_from_the_rows_there_are(small):

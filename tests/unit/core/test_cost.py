@@ -56,6 +56,12 @@ def test_a_cache_shared_with_others_recomputes_nothing() -> None:
     assert turn(cached_tokens=950).recomputed_tokens == 0
 
 
+def test_what_a_cut_turn_computes_again_is_recomputed() -> None:
+    cut = turn(refill_tokens=1100)
+    assert (cut.prefilled_tokens, cut.recomputed_tokens) == (400 + 1100, 300 + 1100)
+    assert recompute_cost(cut) == pytest.approx(1000 * 2.0 * 1400 / 1500)
+
+
 def test_caching_and_unused() -> None:
     assert caching_cost(300, 4.0) == 1200
     assert unused_cost(1000, 10.0, 9000) == 1000

@@ -153,3 +153,16 @@ def test_an_update_that_a_backend_does_not_survive_leaves_its_gate_open(policy: 
 def test_the_bound_is_checked() -> None:
     with pytest.raises(ConfigError, match=r"scheduler.max_staleness=-1: must be >= 0 or null"):
         SchedulerConfig(max_staleness=-1)
+
+
+@pytest.mark.parametrize(("tokens", "is_stale"), [(10, True), (0, False), (None, True)])
+def test_tokens_of_a_turn_that_ends_on_a_backend_which_left_are_counted(tokens: int | None, is_stale: bool) -> None:
+    shell = bounded(0)
+    shell.ask("p", 100)
+    (grant,) = shell.grants
+    shell.up("b", 1000)
+    shell.down("a")
+    shell.send(TurnEnded(program="p", grant=grant, output_tokens=tokens, weight_version="0"))
+    shell.send(WeightsUpdating(backends=("b",)))
+    shell.send(WeightsUpdated(backends=("b",), version="1"))
+    assert (shell.ask("p", 150, request="again") == [stale("p", "again")]) == is_stale

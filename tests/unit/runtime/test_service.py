@@ -1,6 +1,7 @@
 """The asyncio shell: waiting, cancelling, sandboxes ahead of need, and dying loudly."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -171,6 +172,17 @@ async def test_turns_of_a_backend_that_is_lost_are_told_and_those_of_one_that_le
     assert not leaves.done()
     for task in (next_one, leaves):
         task.cancel()
+
+
+async def test_late_news_of_an_earlier_loss_does_not_undo_a_later_one(make_service):
+    service = await make_service()
+    down = BackendDown(backend="e0", generation=0, reason="killed", returning=True)
+    service.handle(down)
+    service.handle(BackendUp(backend="e0", generation=1, capacity_tokens=10_000, max_running=8))
+    service.handle(replace(down, generation=1))
+    service.handle(down)  # of a turn that took its time to notice
+    async with asyncio.timeout(1):
+        await service.until_down("e0", 1)
 
 
 async def test_while_a_backend_may_return_waiters_wait(make_service):

@@ -8,6 +8,7 @@ import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,8 +19,8 @@ from thunder_rollout.core.events import BackendDown, BackendUp, Event, WeightsUp
 from thunder_rollout.engine.fake import FakeEngine
 from thunder_rollout.engine.protocol import Engine, Sampling
 from thunder_rollout.engine.virtual_time import run_in_virtual_time
-from thunder_rollout.engine.weights import FolderWeights, MemoryWeights, UpdateMode
-from thunder_rollout.errors import Stale, WeightsRefused
+from thunder_rollout.engine.weights import FolderWeights, MemoryWeights, UpdateMode, WeightSource
+from thunder_rollout.errors import EngineDied, Stale, WeightsRefused
 from thunder_rollout.runtime.client import LocalScheduler, ProgramClient
 from thunder_rollout.runtime.service import SchedulerService
 from thunder_rollout.runtime.weights import Weights, WeightsFolder, update_weights
@@ -73,8 +74,8 @@ def with_shell(test: Callable[[Shell], Awaitable[None]], config: SchedulerConfig
     run_in_virtual_time(main())
 
 
-async def serving(shell: Shell) -> Weights:
-    weights = Weights(mode=UpdateMode.KEEP, batch=None)
+async def serving(shell: Shell, batch: int | None = None) -> Weights:
+    weights = Weights(mode=UpdateMode.KEEP, batch=batch)
     for name, engine in shell.engines.items():
         async with weights.load_into(name, engine):
             pass  # it is up already
@@ -196,14 +197,93 @@ def test_an_engine_that_dies_in_an_update_comes_back_with_the_new_weights_and_an
     with_shell(test)
 
 
-def test_a_failed_update_opens_the_gate_on_the_old_weights() -> None:
+class FussyEngine(FakeEngine):
+    """Where the folder is not there when it is asked, or is gone when it is to be loaded."""
+
+    refuses_at_once = False
+
+    async def check_weights(self, source: WeightSource) -> None:
+        if self.refuses_at_once:
+            raise WeightsRefused("not there")
+
+    async def update_weights(self, source: WeightSource, *, version: str, mode: UpdateMode) -> None:
+        await asyncio.sleep(0.01)
+        raise WeightsRefused("gone")
+
+    def kill(self) -> None:
+        self.die("killed")
+
+
+async def make_fussy(shell: Shell, *names: str) -> None:
+    for name in names:
+        await shell.engines[name].stop()
+        shell.engines[name] = FussyEngine(CONFIG)
+        await shell.engines[name].start()
+
+
+async def versions(shell: Shell) -> dict[str, str]:
+    return {name: (await engine.stats()).weight_version for name, engine in shell.engines.items()}
+
+
+@pytest.mark.parametrize("batch", [None, 1])
+def test_weights_that_one_engine_refuses_are_loaded_by_none(batch: int | None) -> None:
     async def test(shell: Shell) -> None:
-        weights = await serving(shell)
+        await make_fussy(shell, "e1")
+        shell.engines["e1"].refuses_at_once = True  # type: ignore[attr-defined]
+        weights = await serving(shell, batch)
         with pytest.raises(WeightsRefused):
-            await weights.update(shell.scheduler, FolderWeights(path="/nowhere"), version="1")
+            await weights.update(shell.scheduler, WEIGHTS, version="1")
+        assert weights.version is None
+        assert shell.scheduler.events == [], "no cache was lost for it"
+        assert await versions(shell) == {"e0": "0", "e1": "0"}
+        await check_versions(await play(shell.client("p", UpdateMode.KEEP), 1))
+
+    with_shell(test)
+
+
+@pytest.mark.parametrize("batch", [None, 1])
+def test_weights_that_are_gone_when_others_have_them_cost_the_engine_that_refuses(batch: int | None) -> None:
+    async def test(shell: Shell) -> None:
+        await make_fussy(shell, "e1")
+        weights = await serving(shell, batch)
+        report = await weights.update(shell.scheduler, WEIGHTS, version="1")
+        assert report.died == ("e1",)
+        assert weights.version == "1"
+        assert (await shell.engines["e0"].stats()).weight_version == "1"
+        with pytest.raises(EngineDied, match="killed"):
+            await shell.engines["e1"].stats()
+        again = FakeEngine(CONFIG)
+        await again.start()
+        async with weights.load_into("e1", again):
+            assert (await again.stats()).weight_version == "1", "as the supervisor has it start again"
+        await again.stop()
+
+    with_shell(test)
+
+
+def test_weights_that_are_gone_for_all_leave_all_as_they_were_and_open_the_gate() -> None:
+    async def test(shell: Shell) -> None:
+        await make_fussy(shell, "e0", "e1")
+        weights = await serving(shell)
+        with pytest.raises(WeightsRefused, match="gone"):
+            await weights.update(shell.scheduler, WEIGHTS, version="1")
         assert weights.version is None
         assert shell.scheduler.events[-1] == WeightsUpdated(backends=("e0", "e1"), version=None)
+        assert await versions(shell) == {"e0": "0", "e1": "0"}
         await check_versions(await play(shell.client("p", UpdateMode.KEEP), 1))
+
+    with_shell(test)
+
+
+def test_weights_under_the_name_of_those_that_engines_start_with_are_refused() -> None:
+    async def test(shell: Shell) -> None:
+        weights = await serving(shell)
+        with pytest.raises(WeightsRefused, match="version='0'"):
+            await weights.update(shell.scheduler, WEIGHTS, version="0")
+        with pytest.raises(WeightsRefused, match="version='0'"):
+            weights.start_with(WEIGHTS, version="0")
+        assert weights.version is None
+        assert shell.scheduler.events == []
 
     with_shell(test)
 
@@ -252,3 +332,30 @@ def test_a_checkpoint_counts_once_it_is_renamed_into_place_and_the_newest_wins(t
     third = leave("step_3")
     assert folder.newest() == (FolderWeights(path=str(third)), "step_3")
     assert folder.newest() is None
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_looked_at_was_never_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = WeightsFolder(str(tmp_path))
+    (tmp_path / "step_1").mkdir()
+    (tmp_path / "step_2").mkdir()
+    os.utime(tmp_path / "step_1", (1, 1))
+    stat, is_dir = Path.stat, Path.is_dir
+
+    def rotate(path: Path) -> None:
+        if path.name == "step_2" and os.path.exists(path):
+            path.rmdir()
+
+    def removed_before_stat(path: Path, *args: Any, **kwargs: Any) -> os.stat_result:
+        rotate(path)
+        return stat(path, *args, **kwargs)
+
+    def removed_after_is_dir(path: Path) -> bool:
+        found = is_dir(path)
+        rotate(path)
+        return found
+
+    monkeypatch.setattr(Path, "stat", removed_before_stat)
+    monkeypatch.setattr(Path, "is_dir", removed_after_is_dir)
+    assert folder.newest() == (FolderWeights(path=str(tmp_path / "step_1")), "step_1")
