@@ -1,6 +1,6 @@
 """`kill -9` of one process after another in the middle of verl's training: does it go on, or end and resume?
 
-    python recipes/verl_failures/kill_processes.py [VICTIM ...] [--out FOLDER]
+    python recipes/verl_failures/kill_processes.py [VICTIM ...] [--config separate_async] [--out FOLDER]
 
 Trains by `recipes/verl_cpu_toy` for one epoch of small steps, with a checkpoint after each. While samples are played
 (or once all of a step are, for a victim "in the update") the next victim is killed. The run then goes on, or it ends
@@ -55,6 +55,12 @@ SETTINGS = {
     "trainer.default_local_dir": "checkpoints",
     "trainer.rollout_data_dir": "rows",
 }
+NUM_AHEAD = {"sync": 0, "separate_async": 1}  # steps whose prompts are played before they are trained on
+APART = {
+    "actor_rollout_ref.actor.ppo_mini_batch_size": NUM_PROMPTS,
+    "trainer.v1.separate_async.parameter_sync_step": 1,
+    "trainer.v1.sampler.max_off_policy_threshold": 8,  # so that no prompt is dropped for its age
+}
 
 
 @dataclass(slots=True)
@@ -64,19 +70,22 @@ class Training:
     folder: Path
     number: int
     num_steps: int
+    config: str
     process: subprocess.Popen[bytes] = field(init=False)
     seen: set[psutil.Process] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         environment = os.environ | {
+            "CONFIG": self.config,
             "RUN": str(self.folder),
             "PYTHON": sys.executable,
-            "NUM_TRAIN": str(NUM_PROMPTS * self.num_steps),
+            "NUM_TRAIN": str(NUM_PROMPTS * (self.num_steps + NUM_AHEAD[self.config])),
             "NUM_VALIDATION": "4",
             "VERL_FILE_LOGGER_PATH": str(self._metrics),
         }
-        command = [str(RECIPES / "verl_cpu_toy" / "run_verl_cpu_toy.sh"), *(f"{k}={v}" for k, v in SETTINGS.items())]
+        settings = SETTINGS | (APART if self.config == "separate_async" else {})
+        command = [str(RECIPES / "verl_cpu_toy" / "run_verl_cpu_toy.sh"), *(f"{k}={v}" for k, v in settings.items())]
         command.append(f"trainer.total_training_steps={self.num_steps}")
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
@@ -153,8 +162,9 @@ def _title(process: psutil.Process) -> str:
 class Epoch:
     """A training of `num_steps` steps in `folder`, in as many starts as it takes."""
 
-    def __init__(self, folder: Path, num_steps: int) -> None:
+    def __init__(self, folder: Path, num_steps: int, config: str) -> None:
         self._folder = folder
+        self._config = config
         self._num_steps = num_steps
         self._num_starts = 0
         self.wrong: list[str] = []
@@ -169,7 +179,10 @@ class Epoch:
             raise SystemExit(f"{self._folder}: it ended before the {victim} was killed: {training.reason}")
         if victim.endswith(UPDATE):
             training.wait(lambda: _is_over(training))
-        process = max(training.processes(PROCESSES[victim.removesuffix(UPDATE)]), key=psutil.Process.create_time)
+        processes = training.processes(PROCESSES[victim.removesuffix(UPDATE)])
+        if training.process.poll() is not None or not processes:
+            raise SystemExit(f"{self._folder}: it ended before the {victim} was killed: {training.reason}")
+        process = max(processes, key=psutil.Process.create_time)
         num_over, killed = len(training.steps), time.monotonic()
         os.kill(process.pid, signal.SIGKILL)
         if training.wait(lambda: len(training.steps) > num_over):
@@ -182,7 +195,8 @@ class Epoch:
         if self._training.process.returncode:
             self.wrong.append(f"the last run failed: {self._training.reason}")
         self._check_end()
-        self.wrong += _missing(self._folder, self._num_steps, self._resumed_from)
+        num_ahead = NUM_PROMPTS * NUM_AHEAD[self._config]
+        self.wrong += _missing(self._folder, self._num_steps, self._resumed_from, num_ahead)
 
     def abandon(self) -> None:
         self._training.kill()
@@ -195,7 +209,7 @@ class Epoch:
 
     def _start(self) -> Training:
         self._num_starts += 1
-        return Training(self._folder, self._num_starts, self._num_steps)
+        return Training(self._folder, self._num_starts, self._num_steps, self._config)
 
     def _resume(self) -> str:
         """Why the run ended."""
@@ -232,20 +246,26 @@ def _is_over(training: Training) -> bool:
     return True
 
 
-def _missing(folder: Path, num_steps: int, checkpoints: list[int]) -> list[str]:
+def _missing(folder: Path, num_steps: int, checkpoints: list[int], num_ahead: int) -> list[str]:
     """What is wrong with the rows that were trained on. verl writes a step's after its checkpoint, so those of a
     checkpoint that a run ended with may be missing: then as many prompts are."""
     column = parquet.read_table(folder / "data" / "train.parquet")["reward_model"]
     prompts = [row["ground_truth"] for row in column.to_pylist()]
     dumps = {int(path.stem): path.read_text().splitlines() for path in (folder / "rows").glob("*.jsonl")}
     trained = {step: [json.loads(line)["gts"] for line in lines] for step, lines in dumps.items()}
-    return check_rows(prompts, trained, num_steps, may_miss=checkpoints)
+    return check_rows(prompts, trained, num_steps, may_miss=checkpoints, num_ahead=num_ahead)
 
 
 def check_rows(
-    prompts: Iterable[str], trained: dict[int, list[str]], num_steps: int, *, may_miss: Iterable[int]
+    prompts: Iterable[str],
+    trained: dict[int, list[str]],
+    num_steps: int,
+    *,
+    may_miss: Iterable[int],
+    num_ahead: int = 0,
 ) -> list[str]:
-    """`trained` are the prompts of each step's rows, of which those of the steps `may_miss` may not be told."""
+    """`trained` are the prompts of each step's rows, of which those of the steps `may_miss` may not be told.
+    `num_ahead` of the prompts are for a step that is not trained any more."""
     untold = set(range(1, num_steps + 1)) - set(trained)
     wrong = [f"step {step} has no rows" for step in sorted(untold - set(may_miss))]
     rows = Counter((step, prompt) for step, names in trained.items() for prompt in names)
@@ -254,7 +274,7 @@ def check_rows(
     wrong += [f"step {step}: {count} rows of {prompt}" for (step, prompt), count in uneven.items()]
     wrong += [f"{prompt} in {count} steps" for prompt, count in steps.items() if count > 1]
     num_missing = len(set(prompts) - set(steps))
-    if num_missing != NUM_PROMPTS * len(untold):
+    if num_missing != NUM_PROMPTS * len(untold) + num_ahead:
         wrong.append(f"{num_missing} prompts were never trained on")
     return wrong
 
@@ -265,12 +285,15 @@ def main() -> int:
     parser.add_argument(
         "victims", nargs="*", metavar="VICTIM", help=f"of: {', '.join(known)}; by default {', '.join(VICTIMS)}"
     )
+    parser.add_argument("--config", choices=NUM_AHEAD, default="sync", help="of recipes/verl_cpu_toy")
     parser.add_argument("--out", type=Path, default=Path("runs/verl_failures"))
     options = parser.parse_args()
     if unknown := set(options.victims) - set(known):
         parser.error(f"no such victim: {', '.join(sorted(unknown))}; there are: {', '.join(known)}")
     victims = options.victims or VICTIMS
-    epoch = Epoch(options.out.resolve() / time.strftime("%Y%m%d-%H%M%S"), num_steps=len(victims) + 1)
+    epoch = Epoch(
+        options.out.resolve() / time.strftime("%Y%m%d-%H%M%S"), num_steps=len(victims) + 1, config=options.config
+    )
     print("| killed | the run | resumed from step |\n|---|---|---|", flush=True)
     try:
         for victim in victims:
