@@ -8,15 +8,19 @@ reason, and so does every later call until the next `start`. It is dead when
 - it gave a result that can't be (`engine.result_check`).
 
 `EngineDied.by_turn` says whether the turn may be the cause: it ran when the engine failed at its
-work, or the impossible result was its own. A turn that was once under such suspicion
-(`GenerateRequest.suspect`) runs alone, so that a second death can have no other cause.
+work, or the impossible result was its own; `num_together` with how many others. Turns under such suspicion
+run in small company (`GenerateRequest.max_together`), so that the next death leaves fewer to suspect.
 """
 
 from __future__ import annotations
 
 import asyncio
+import heapq
+import itertools
+import math
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from thunder_rollout.engine.cache_report import CacheChanges
@@ -39,13 +43,14 @@ class EngineHost:
         self._died = asyncio.Event()
         self._starting = asyncio.Lock()
         self._gate = _TurnGate()
+        self._ran: list[str] = []  # the turns that ran as the engine died
         self._step = (-1, 0.0)  # the newest step's number, and when it was first seen
 
     @property
     def engine(self) -> Engine:
         """The engine that serves; raises `EngineDied`, which blames nobody, where none does."""
         if self._dead is not None or self._engine is None:
-            raise EngineDied(str(self._dead))
+            raise EngineDied(str(self._dead), num_together=0)
         return self._engine
 
     async def start(self) -> EngineInfo:
@@ -98,19 +103,26 @@ class EngineHost:
 
     async def _until_dead(self, request_id: str | None) -> NoReturn:
         await self._died.wait()
+        raise self._as_heard_by(request_id)
+
+    def _as_heard_by(self, request_id: str | None) -> EngineDied:
         assert self._dead is not None
-        raise EngineDied(str(self._dead), by_turn=self._dead.by_turn and request_id in self._gate.running)
+        ran = request_id in self._ran
+        return EngineDied(
+            str(self._dead), by_turn=ran and self._dead.by_turn, num_together=len(self._ran) if ran else 0
+        )
 
     async def _generate(self, engine: Engine, request: GenerateRequest) -> Generation:
-        async with self._gate.turn(request.request_id, alone=request.suspect):
+        async with self._gate.turn(request):
             try:
                 generation = await engine.generate(request)
             except EngineDied as error:
                 self._declare_dead(error)
-                raise
+                raise self._as_heard_by(request.request_id) from error
         if wrong := what_is_wrong(request, generation, vocab_size=self._info.vocab_size):
             self._declare_dead(EngineDied(f"the engine answered nonsense: {wrong}"))
-            raise EngineDied(f"the engine answered request {request.request_id} with nonsense: {wrong}", by_turn=True)
+            message = f"the engine answered request {request.request_id} with nonsense: {wrong}"
+            raise EngineDied(message, by_turn=True, num_together=1)
         return generation
 
     def _check_progress(self, stats: EngineStats) -> None:
@@ -127,6 +139,7 @@ class EngineHost:
     def _declare_dead(self, error: EngineDied) -> None:
         if self._dead is None:
             self._dead = error
+            self._ran = [place.request_id for place in self._gate.running]
             self._died.set()
 
     async def _end(self, why: EngineDied) -> None:
@@ -135,25 +148,41 @@ class EngineHost:
             await self._engine.stop()
 
 
+@dataclass(slots=True, eq=False)
+class _Place:
+    request_id: str
+    max_together: float
+    taken: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
 class _TurnGate:
-    """Turns run together; one that must run alone waits until the others have ended, and holds back
-    those that come after it."""
+    """Turns run together, but never more at a time than each of them allows. Those that allow the fewest go
+    first, and meanwhile hold back those that come after them."""
 
     def __init__(self) -> None:
-        self.running: set[str] = set()
-        self._num_alone = 0  # running or waiting
-        self._changed = asyncio.Event()
+        self.running: set[_Place] = set()
+        self._waiting: list[tuple[float, int, _Place]] = []  # a heap
+        self._numbers = itertools.count()
 
     @asynccontextmanager
-    async def turn(self, request_id: str, *, alone: bool) -> AsyncIterator[None]:
-        self._num_alone += alone
+    async def turn(self, request: GenerateRequest) -> AsyncIterator[None]:
+        place = _Place(request.request_id, request.max_together or math.inf)
+        heapq.heappush(self._waiting, (place.max_together, next(self._numbers), place))
+        self._admit()
         try:
-            while self.running if alone else self._num_alone:
-                await self._changed.wait()
-            self.running.add(request_id)
+            await place.taken
             yield
         finally:
-            self.running.discard(request_id)
-            self._num_alone -= alone
-            self._changed.set()
-            self._changed = asyncio.Event()
+            self.running.discard(place)
+            self._admit()
+
+    def _admit(self) -> None:
+        while self._waiting:
+            place = self._waiting[0][-1]
+            if not place.taken.cancelled():
+                allowed = min(turn.max_together for turn in (place, *self.running))
+                if len(self.running) >= allowed:
+                    return
+                self.running.add(place)
+                place.taken.set_result(None)
+            heapq.heappop(self._waiting)

@@ -41,7 +41,7 @@ class GenerateRequest:
     prompt_ids: list[int]
     sampling: Sampling
     priority: int = 0
-    suspect: bool = False  # an engine failed while it ran: `EngineHost` runs it alone
+    max_together: int | None = None  # `EngineHost` runs at most so many turns while it runs, itself among them
     program: str | None = None
     released: tuple[str, ...] = ()
 

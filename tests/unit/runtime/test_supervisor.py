@@ -191,7 +191,7 @@ def test_a_poisoned_turn_ends_alone_and_after_two_deaths() -> None:
     async def main() -> list[list[list[int]]]:
         async with supervised_run(make=lambda: PoisonedEngine(CONFIG)) as run:
             innocent = asyncio.create_task(play_all(run))
-            with pytest.raises(RequestPoisoned, match="a turn of 3 prompt tokens brought two engines down"):
+            with pytest.raises(RequestPoisoned, match="a turn of 3 prompt tokens 2 engines went down"):
                 await play(run.client("guilty"), [1, POISON, 2])
             outputs = await innocent
             await asyncio.sleep(10)
@@ -199,6 +199,26 @@ def test_a_poisoned_turn_ends_alone_and_after_two_deaths() -> None:
             return outputs
 
     assert run_in_virtual_time(main()) == undisturbed()
+
+
+def test_of_many_turns_the_poisoned_one_is_found_by_few_deaths_and_the_others_lose_little() -> None:
+    large = replace(SUPERVISED, kv_cache_tokens=200 * 1024, max_num_seqs=256, max_restarts=4)
+
+    async def main(prompts: list[list[int]]) -> tuple[list[object], float, int]:
+        loop = asyncio.get_running_loop()
+        async with supervised_run(1, lambda: PoisonedEngine(large), large) as run:
+            started_s = loop.time()
+            turns = (play(run.client(f"p{i}"), prompt, num_turns=1) for i, prompt in enumerate(prompts))
+            outcomes = await asyncio.gather(*turns, return_exceptions=True)
+            return outcomes, loop.time() - started_s, run.supervisors["engine0"].num_restarts
+
+    prompts = [[20 + number, *range(300, 400)] for number in range(130)]
+    undisturbed, usual_s, _ = run_in_virtual_time(main(prompts))
+    (guilty, *innocent), took_s, num_restarts = run_in_virtual_time(main([[POISON, 1, 2], *prompts[1:]]))
+    assert isinstance(guilty, RequestPoisoned)
+    assert innocent == undisturbed[1:]
+    assert num_restarts == 4, "of 130, of 16, of 2, and alone"
+    assert took_s < 4 * usual_s, "one turn after the other would take eight times as long as all together"
 
 
 def test_two_poisoned_turns_condemn_no_third() -> None:
