@@ -67,12 +67,37 @@ async def test_an_update_of_an_engine_that_hangs_ends_with_it(engine: EngineHost
         engine.update_weights(MemoryWeights(shapes={}, buckets=()), version="1", mode=UpdateMode.WAIT)
     )
     await asyncio.sleep(0.05)
-    engine._declare_dead(EngineDied("it hangs"))
+    engine._alive().end(EngineDied("it hangs"))
     for waiting in (turn, update):
         with pytest.raises(EngineDied, match="it hangs"):
             await waiting
     await engine.start()
     assert (await run(engine, new_prompt(40))).weight_version == "0"
+
+
+async def test_what_is_late_to_hear_of_a_death_does_not_end_the_next_engine() -> None:
+    class Late(FakeEngine):
+        async def update_weights(self, source: WeightSource, *, version: str, mode: UpdateMode) -> None:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                await asyncio.sleep(0.2)
+
+    first = Late(CONFIG, vocab_size=VOCAB_SIZE)
+    engines = [first, FakeEngine(CONFIG, vocab_size=VOCAB_SIZE)]
+    host = EngineHost(lambda: engines.pop(0), hang_s=5.0)
+    await host.start()
+    update = host.update_weights(MemoryWeights(shapes={}, buckets=()), version="1", mode=UpdateMode.WAIT)
+    updating = asyncio.create_task(update)
+    await asyncio.sleep(0.05)
+    first.die()
+    with pytest.raises(EngineDied):
+        await host.stats()
+    await host.start()
+    with pytest.raises(EngineDied):
+        await updating
+    await host.stats()
+    await host.stop()
 
 
 class Answers(FakeEngine):
