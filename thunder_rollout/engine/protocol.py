@@ -124,8 +124,8 @@ class Engine(Protocol):
         or are cut (they return with finish reason `abort`), turns that come meanwhile wait.
 
         Raises `WeightsRefused` (the old weights serve on) if they are not this model's, `EngineDied` if
-        the engine is gone or loading failed half-way, which ends it. Cancelled, it leaves either version
-        whole."""
+        the engine is gone, or hangs once its turns were cut, or loading failed half-way, which ends it.
+        Cancelled, it leaves either version whole."""
 
     async def stop(self) -> None:
         """Idempotent; frees the model and its processes."""

@@ -33,6 +33,7 @@ from thunder_rollout.engine.weights import (
     check_weights,
     files_of,
     half_loaded,
+    pause_in_time,
 )
 from thunder_rollout.errors import ConfigError, EngineDied, EngineFailed, RequestError, ThunderError
 
@@ -195,7 +196,8 @@ class VllmEngine:
         await self._serving()
         try:
             async with asyncio.timeout(self._config.startup_timeout_s):
-                await engine.pause_generation(mode="abort", clear_cache=True)
+                pause = engine.pause_generation(mode="abort", clear_cache=True)
+                await pause_in_time(pause, hang_s=self._config.hang_s)
                 await engine.collective_rpc("begin_reload")
                 for file in files_of(source):
                     with ExitStack() as opened:

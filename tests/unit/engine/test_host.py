@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.engine_contract import *  # noqa: F403
 from tests.support.engine_contract import CONFIG, GREEDY, VOCAB_SIZE, new_prompt, new_request, run
+from tests.support.failing_engines import check_that_an_update_finds_a_hang
 from thunder_rollout.engine.fake import FakeEngine
 from thunder_rollout.engine.host import EngineHost
 from thunder_rollout.engine.protocol import GenerateRequest, Generation
@@ -73,6 +74,20 @@ async def test_an_update_of_an_engine_that_hangs_ends_with_it(engine: EngineHost
             await waiting
     await engine.start()
     assert (await run(engine, new_prompt(40))).weight_version == "0"
+
+
+@pytest.mark.parametrize("mode", [UpdateMode.KEEP, UpdateMode.CUT])
+@pytest.mark.parametrize("in_host", [False, True])
+def test_an_update_finds_a_hang_that_no_turn_shows_any_more(mode: UpdateMode, in_host: bool) -> None:
+    async def main() -> None:
+        fake = FakeEngine(CONFIG, vocab_size=VOCAB_SIZE)
+        engine = EngineHost(lambda: fake, hang_s=5.0) if in_host else fake
+        await engine.start()
+        weights = MemoryWeights(shapes={}, buckets=())
+        await check_that_an_update_finds_a_hang(engine, fake.hang, weights, mode, CONFIG.hang_s)
+        await engine.stop()
+
+    run_in_virtual_time(main())
 
 
 async def test_what_is_late_to_hear_of_a_death_does_not_end_the_next_engine() -> None:

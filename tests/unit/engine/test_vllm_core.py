@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 from dataclasses import replace
 from types import SimpleNamespace
@@ -13,11 +14,12 @@ from tests.support.engine_contract import CONFIG, new_request
 from thunder_rollout.engine.host import EngineHost
 from thunder_rollout.engine.protocol import EngineInfo
 from thunder_rollout.engine.vllm import VllmEngine
+from thunder_rollout.engine.weights import MemoryWeights
 from thunder_rollout.errors import EngineDied
 
 
 class Core:
-    """In place of vLLM's `AsyncLLM`: it `ends` when it is told to."""
+    """In place of vLLM's `AsyncLLM`: it never pauses, and `ends` when it is told to."""
 
     def __init__(self) -> None:
         self.errored = False
@@ -29,6 +31,12 @@ class Core:
     def ends(self, code: int) -> None:
         self.errored = True
         self.process.exitcode = code
+
+    async def pause_generation(self, **how: object) -> None:
+        await asyncio.Event().wait()
+
+    def shutdown(self, timeout_s: float) -> None:
+        self.ends(-signal.SIGKILL)
 
 
 class Started(VllmEngine):
@@ -53,3 +61,14 @@ async def test_a_turn_that_meets_a_core_just_gone_tells_why_it_went(code: int, b
         await host.generate(new_request([1, 2, 3]))
     assert caught.value.by_turn is by_turn
     await host.stop()
+
+
+async def test_a_core_that_does_not_pause_for_new_weights_is_ended() -> None:
+    core = Core()
+    engine = Started(core)
+    async with asyncio.timeout(5):
+        with pytest.raises(EngineDied, match="did not pause within"):
+            await engine._load_weights(core, MemoryWeights(shapes={}, buckets=()), "1")
+    assert core.errored
+    with pytest.raises(EngineDied, match="did not pause within"):
+        await engine.stats()

@@ -25,8 +25,9 @@ from thunder_rollout.engine.protocol import EngineInfo, EngineStats
 from thunder_rollout.engine.virtual_time import run_in_virtual_time
 from thunder_rollout.engine.weights import FolderWeights, MemoryWeights, UpdateMode
 from thunder_rollout.errors import EngineDied, RequestPoisoned
+from thunder_rollout.runtime.client import LocalScheduler
 from thunder_rollout.runtime.supervisor import EngineSupervisor
-from thunder_rollout.runtime.weights import Weights
+from thunder_rollout.runtime.weights import Weights, update_weights
 
 PROMPTS = [[1 + number, *range(100, 300)] for number in range(12)]
 
@@ -231,6 +232,24 @@ def test_two_poisoned_turns_condemn_no_third() -> None:
             return await innocent
 
     assert run_in_virtual_time(main()) == undisturbed()
+
+
+def test_an_engine_that_hangs_under_new_weights_holds_up_the_others_no_longer_than_any_hang() -> None:
+    async def main() -> None:
+        async with supervised_run(make=lambda: FakeEngine(SUPERVISED)) as run:
+            playing = asyncio.create_task(play_all(run))
+            await asyncio.sleep(1.0)
+            run.hosts["engine0"].engines[-1].hang()
+            report = await update_weights(
+                LocalScheduler(run.service), run.hosts, MemoryWeights(shapes={}, buckets=()), version="1"
+            )
+            assert report.died == ("engine0",)
+            assert report.duration_s < SUPERVISED.hang_s + 1
+            await asyncio.sleep(SUPERVISED.report_s + 1)
+            assert backends_up(run) == {"engine0": 1, "engine1": 0}
+            assert {len(output) for outputs in await playing for output in outputs} == {100}
+
+    run_in_virtual_time(main())
 
 
 class Deaf(LocalHost):
