@@ -29,10 +29,18 @@ SUPERVISED = replace(CONFIG, hang_s=5.0, max_restarts=3)
 class PoisonedEngine(FakeEngine):
     """Fails at its work just after a prompt with `POISON` came."""
 
+    fails = True
+
     async def generate(self, request: GenerateRequest) -> Generation:
         if POISON in request.prompt_ids:
-            asyncio.get_running_loop().call_later(0.05, lambda: self.die("it crashed", by_turn=True))
+            asyncio.get_running_loop().call_later(0.05, lambda: self.die("it is gone", by_turn=self.fails))
         return await super().generate(request)
+
+
+class OvereatingEngine(PoisonedEngine):
+    """Is killed then, as a process that takes too much memory."""
+
+    fails = False
 
 
 async def check_that_an_update_finds_a_hang(

@@ -14,6 +14,7 @@ from tests.support.failing_engines import (
     SUPERVISED,
     LocalHost,
     NeverStarts,
+    OvereatingEngine,
     PoisonedEngine,
     Run,
     play,
@@ -21,7 +22,7 @@ from tests.support.failing_engines import (
 )
 from thunder_rollout.core.events import BackendDown, BackendStats, BackendUp, Event
 from thunder_rollout.engine.fake import FakeEngine
-from thunder_rollout.engine.protocol import EngineInfo, EngineStats
+from thunder_rollout.engine.protocol import EngineInfo, EngineStats, Sampling
 from thunder_rollout.engine.virtual_time import run_in_virtual_time
 from thunder_rollout.engine.weights import FolderWeights, MemoryWeights, UpdateMode
 from thunder_rollout.errors import EngineDied, RequestPoisoned
@@ -125,6 +126,36 @@ def test_ten_kills_in_a_row_poison_nobody() -> None:
                 await asyncio.sleep(1.2)
                 run.hosts[f"engine{number % 2}"].engines[-1].die()
             return await playing
+
+    assert run_in_virtual_time(main()) == undisturbed()
+
+
+def test_ten_kills_in_a_row_of_the_only_engine_leave_its_only_program_alive() -> None:
+    async def main() -> list[int]:
+        async with supervised_run(1, config=replace(SUPERVISED, max_restarts=10)) as run, run.client("p") as client:
+            sampling = Sampling(max_tokens=1500, temperature=0.0, ignore_eos=True)
+            turn = asyncio.create_task(client.turn([1, 2, 3], sampling))
+            for number in range(10):
+                await asyncio.sleep(1.5)
+                engine = run.hosts["engine0"].engines[-1]
+                assert (number + 1, (await engine.stats()).in_flight) == (len(run.hosts["engine0"].engines), 1)
+                engine.die()
+            return (await turn).generation.token_ids
+
+    assert len(run_in_virtual_time(main())) == 1500
+
+
+def test_a_turn_that_engines_are_killed_under_is_found_out_and_the_others_go_on() -> None:
+    async def main() -> list[list[list[int]]]:
+        config = replace(SUPERVISED, max_restarts=12)
+        async with supervised_run(make=lambda: OvereatingEngine(CONFIG), config=config) as run:
+            innocent = asyncio.create_task(play_all(run))
+            with pytest.raises(RequestPoisoned, match="11 engines went down, the last while it ran alone"):
+                await play(run.client("guilty"), [1, POISON, 2])
+            outputs = await innocent
+            await asyncio.sleep(10)
+            assert sum(supervisor.num_restarts for supervisor in run.supervisors.values()) == 11
+            return outputs
 
     assert run_in_virtual_time(main()) == undisturbed()
 
