@@ -53,17 +53,19 @@ class InfrastructureFailure(ThunderError):
 
 class EngineDied(InfrastructureFailure):
     """`by_turn`: the turn that hears it may be the cause, for it ran while the engine failed at its
-    work; not where the engine was killed from outside, or nobody knows."""
+    work; not where the engine was killed from outside, or nobody knows. `num_together`: so many turns ran
+    then, this one among them; 0: it did not run; None: nobody knows."""
 
     kind = "engine_died"
 
-    def __init__(self, message: str, *, by_turn: bool = False) -> None:
+    def __init__(self, message: str, *, by_turn: bool = False, num_together: int | None = None) -> None:
         super().__init__(message)
         self.by_turn = by_turn
+        self.num_together = num_together
 
 
 class RequestPoisoned(InfrastructureFailure):
-    """A turn that brought an engine down, and then another while it ran alone; it is not tried again."""
+    """A turn that brought engines down, the last one while it ran alone; it is not tried again."""
 
     kind = "request_poisoned"
 

@@ -8,12 +8,15 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tests.support.engine_contract import CONFIG
+import pytest
+
+from tests.support.engine_contract import CONFIG, new_prompt, run
 from thunder_rollout.core.config import SchedulerConfig
 from thunder_rollout.engine.config import EngineConfig
 from thunder_rollout.engine.fake import FakeEngine
 from thunder_rollout.engine.host import EngineHost
 from thunder_rollout.engine.protocol import Engine, EngineInfo, GenerateRequest, Generation, Sampling
+from thunder_rollout.engine.weights import UpdateMode, WeightSource
 from thunder_rollout.errors import EngineDied
 from thunder_rollout.runtime.client import LocalScheduler, ProgramClient
 from thunder_rollout.runtime.service import SchedulerService
@@ -26,10 +29,37 @@ SUPERVISED = replace(CONFIG, hang_s=5.0, max_restarts=3)
 class PoisonedEngine(FakeEngine):
     """Fails at its work just after a prompt with `POISON` came."""
 
+    fails = True
+
     async def generate(self, request: GenerateRequest) -> Generation:
         if POISON in request.prompt_ids:
-            asyncio.get_running_loop().call_later(0.05, lambda: self.die("it crashed", by_turn=True))
+            asyncio.get_running_loop().call_later(0.05, lambda: self.die("it is gone", by_turn=self.fails))
         return await super().generate(request)
+
+
+class OvereatingEngine(PoisonedEngine):
+    """Is killed then, as a process that takes too much memory."""
+
+    fails = False
+
+
+async def check_that_an_update_finds_a_hang(
+    engine: Engine, hang: Callable[[], None], weights: WeightSource, mode: UpdateMode, hang_s: float
+) -> None:
+    """`engine` is a started one that does not outlive this; `hang` stops its work. Its turns are cut all the same,
+    after which it has none that makes no progress."""
+    turns = [asyncio.create_task(run(engine, new_prompt(100), max_tokens=1500)) for _ in range(3)]
+    await asyncio.sleep(0.3)
+    hang()
+    began_s = asyncio.get_running_loop().time()
+    with pytest.raises(EngineDied, match="did not pause within"):
+        await engine.update_weights(weights, version="new", mode=mode)
+    assert asyncio.get_running_loop().time() - began_s < hang_s + 10
+    assert {(await turn).finish_reason for turn in turns} == {"abort"}
+    with pytest.raises(EngineDied):
+        await engine.stats()
+    with pytest.raises(EngineDied):
+        await run(engine, new_prompt(100))
 
 
 class NeverStarts(FakeEngine):

@@ -82,7 +82,7 @@ async def test_a_dead_engine_core_is_an_engine_died(model: Path) -> None:
         async with asyncio.timeout(30):
             failures = await asyncio.gather(*turns, return_exceptions=True)
             assert all(isinstance(failure, EngineDied) for failure in failures), failures
-            with pytest.raises(EngineDied, match="died"):
+            with pytest.raises(EngineDied, match="was killed by SIGKILL"):
                 await run(engine, new_prompt(10))
     finally:
         await engine.stop()

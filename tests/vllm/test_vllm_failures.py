@@ -14,16 +14,17 @@ import psutil
 import pytest
 
 from tests.support.engine_contract import CONFIG, VOCAB_SIZE, new_prompt, run
-from tests.support.failing_engines import Run, play, supervised_run
+from tests.support.failing_engines import Run, check_that_an_update_finds_a_hang, play, supervised_run
 from thunder_rollout.engine.random_model import write_preset
 from thunder_rollout.engine.vllm import VllmEngine
+from thunder_rollout.engine.weights import FolderWeights, UpdateMode
 from thunder_rollout.errors import EngineDied
 
 NUM_TURNS, MAX_TOKENS = 6, 150
 
 
-def core_pid(run: Run) -> int:
-    (process,) = run.hosts["engine0"].engines[-1]._engine.engine_core.resources.engine_manager.processes
+def core_pid(engine: VllmEngine) -> int:
+    (process,) = engine._engine.engine_core.resources.engine_manager.processes
     return process.pid
 
 
@@ -50,7 +51,7 @@ async def test_programs_outlive_a_killed_and_a_hanging_engine_core(tmp_path: Pat
         for generation, fault in enumerate((signal.SIGKILL, signal.SIGSTOP), start=1):
             await asyncio.sleep(1.5)
             assert not all(task.done() for task in playing), "nothing was running any more"
-            cores.append(core_pid(fleet))
+            cores.append(core_pid(fleet.hosts["engine0"].engines[-1]))
             os.kill(cores[-1], fault)
             took_s = await restarted(fleet, generation)
             print(f"{fault.name}: up again after {took_s:.1f} s")
@@ -64,7 +65,24 @@ async def test_programs_outlive_a_killed_and_a_hanging_engine_core(tmp_path: Pat
 
         turn = asyncio.create_task(run(fleet.hosts["engine0"], new_prompt(100), max_tokens=1500))
         await asyncio.sleep(0.5)
-        os.kill(core_pid(fleet), signal.SIGSEGV)
+        os.kill(core_pid(fleet.hosts["engine0"].engines[-1]), signal.SIGSEGV)
         with pytest.raises(EngineDied, match="was killed by SIGSEGV") as caught:
             await turn
         assert caught.value.by_turn, "nobody sends that from outside"
+
+
+@pytest.mark.parametrize("mode", [UpdateMode.KEEP, UpdateMode.CUT])
+async def test_an_update_finds_a_hang_that_no_turn_shows_any_more(tmp_path: Path, mode: UpdateMode) -> None:
+    model = str(write_preset("qwen2_test", tmp_path).path)
+    engine = VllmEngine(replace(CONFIG, model=model, hang_s=3.0))
+    await engine.start()
+    try:
+        await run(engine, new_prompt(100))
+        pid = core_pid(engine)
+        await check_that_an_update_finds_a_hang(
+            engine, lambda: os.kill(pid, signal.SIGSTOP), FolderWeights(path=model), mode, hang_s=3.0
+        )
+    finally:
+        await engine.stop()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        assert psutil.Process(pid).status() == psutil.STATUS_ZOMBIE, "a hung core must not keep its memory"

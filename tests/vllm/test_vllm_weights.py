@@ -107,7 +107,7 @@ async def test_folder_and_memory_and_back(engine: VllmEngine, models: dict[str, 
 async def test_vllm_alone_keeps_the_old_head_on_the_cpu(engine: VllmEngine, models: dict[str, Model]) -> None:
     """Where this fails, `engine.vllm_reload` is needed no more."""
     prompt, a, b = new_prompt(100), models["a"], models["b"]
-    vllm = engine._alive()
+    vllm = await engine._serving()
     await vllm.pause_generation(mode="abort", clear_cache=True)
     await vllm.collective_rpc("reload_weights", kwargs={"weights_path": str(b.path)})
     await vllm.resume_generation()

@@ -21,7 +21,7 @@ class AgentConfig:
     max_turns: int = 30
     max_context_tokens: int = 32_768  # prompt and response together; the engine's limit also holds
     max_turn_tokens: int = 2_048
-    max_episode_s: float = 1_800.0  # in engines and commands; waiting for either is not the agent's time
+    max_episode_s: float = 1_800.0  # of prefill, decoding and commands; waiting for them is not the agent's time
     exec_timeout_s: float = 60.0
 
     def __post_init__(self) -> None:

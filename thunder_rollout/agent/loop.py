@@ -20,8 +20,8 @@ from thunder_rollout.sandbox.protocol import Sandbox
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnResult:
-    """A generation, where it ran (last) and how long it waited for the scheduler. `weights` and
-    `refill_tokens` as in `TurnRecord`."""
+    """A generation, where it ran (last) and how long it waited for the scheduler. `weights`,
+    `refill_tokens` and `engine_s` as in `TurnRecord`."""
 
     generation: Generation
     weights: list[WeightSegment]
@@ -81,7 +81,7 @@ class AgentLoop:
             budget = self._turn_budget(trajectory)
             if budget < 1:
                 return self._end(trajectory, EndReason.MAX_TOKENS)
-            if sum(turn.engine_s + turn.tool_s for turn in trajectory.turns) > self.config.max_episode_s:
+            if sum(turn.agent_s for turn in trajectory.turns) > self.config.max_episode_s:
                 return self._end(trajectory, EndReason.MAX_TIME)
             sampling = replace(self.sampling, max_tokens=budget, stop_token_ids=(self.chat.end_id,))
             result = await model.turn(trajectory.context_ids, sampling)

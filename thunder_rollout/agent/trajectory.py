@@ -30,8 +30,9 @@ class WeightSegment:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnRecord:
     """One reasoning + acting period. `start` is its first generated id's place in
-    `response_ids`; times are seconds: `queue_s` waiting for the scheduler, `engine_s` in the engine
-    (its own queue included), `tool_s` in the command. `weights` are its generated tokens from first to
+    `response_ids`; times are seconds: `queue_s` waiting for the scheduler, `engine_s` from there to
+    the result (the engine's own queue, new weights and engines that died included), `prefill_s` and `decode_s`
+    at work on what came of it, `tool_s` in the command. `weights` are its generated tokens from first to
     last: more than one segment where the turn went on under new weights. Such a turn has the prompt and
     cached tokens of its beginning; `refill_tokens` were computed again after that."""
 
@@ -50,6 +51,11 @@ class TurnRecord:
     tool_s: float = 0.0
     command: str = ""
     exit_code: int | None = None
+
+    @property
+    def agent_s(self) -> float:
+        """What the agent itself took: none of the machinery's queues and failures."""
+        return self.prefill_s + self.decode_s + self.tool_s
 
 
 @dataclass(slots=True, kw_only=True)

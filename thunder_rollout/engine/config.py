@@ -58,7 +58,7 @@ class EngineConfig:
     startup_timeout_s: float = 600.0
     report_s: float = 1.0  # the scheduler hears of an engine this often
     hang_s: float = 20.0  # an engine that has work and makes no step for so long, or answers nothing, is dead
-    max_restarts: int = 5  # in a row without a step of work; then the run goes on without this engine
+    max_restarts: int = 12  # in a row without a step of work (a turn that kills takes 11), then the run does without it
     log_level: str = "WARNING"
     extra: dict[str, Any] = field(default_factory=dict)
 

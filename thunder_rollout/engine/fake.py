@@ -21,7 +21,7 @@ from thunder_rollout.engine.hashing import ROOT_HASH, chain_hash
 from thunder_rollout.engine.model import EngineModel, EngineShape, EngineTiming
 from thunder_rollout.engine.protocol import EngineInfo, EngineStats, GenerateRequest, Generation, Sampling
 from thunder_rollout.engine.request_check import RequestLimits, check_request
-from thunder_rollout.engine.weights import FolderWeights, UpdateGate, UpdateMode, WeightSource
+from thunder_rollout.engine.weights import FolderWeights, UpdateGate, UpdateMode, WeightSource, pause_in_time
 from thunder_rollout.errors import ConfigError, EngineDied, WeightsRefused
 
 logger = logging.getLogger(__name__)
@@ -73,6 +73,7 @@ class FakeEngine:
             seeds=config.device != "cpu",
         )
         self._name = config.model
+        self._hang_s = config.hang_s
         self._releases = config.release_on_pause
         self._script = script
         self._model = EngineModel(self._shape, timing or EngineTiming())
@@ -195,9 +196,18 @@ class FakeEngine:
                 self._finish(request_id, FinishReason.ABORT)
 
     async def _load_weights(self) -> None:
+        try:
+            await pause_in_time(self._pause(), hang_s=self._hang_s)
+        except EngineDied as error:
+            self.die(str(error))
+            raise
         await asyncio.sleep(self._update_s)
         self._check_alive()
         self._model.forget_cache()
+
+    async def _pause(self) -> None:
+        if self._hangs:
+            await asyncio.Event().wait()
 
     async def _run(self) -> None:
         while True:

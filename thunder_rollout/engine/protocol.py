@@ -41,7 +41,7 @@ class GenerateRequest:
     prompt_ids: list[int]
     sampling: Sampling
     priority: int = 0
-    suspect: bool = False  # an engine failed while it ran: `EngineHost` runs it alone
+    max_together: int | None = None  # `EngineHost` runs at most so many turns while it runs, itself among them
     program: str | None = None
     released: tuple[str, ...] = ()
 
@@ -127,8 +127,8 @@ class Engine(Protocol):
         or are cut (they return with finish reason `abort`), turns that come meanwhile wait.
 
         Raises `WeightsRefused` (the old weights serve on) if they are not this model's, `EngineDied` if
-        the engine is gone or loading failed half-way, which ends it. Cancelled, it leaves either version
-        whole."""
+        the engine is gone, or hangs once its turns were cut, or loading failed half-way, which ends it.
+        Cancelled, it leaves either version whole."""
 
     async def stop(self) -> None:
         """Idempotent; frees the model and its processes."""

@@ -33,6 +33,7 @@ from thunder_rollout.engine.weights import (
     check_weights,
     files_of,
     half_loaded,
+    pause_in_time,
 )
 from thunder_rollout.errors import ConfigError, EngineDied, EngineFailed, RequestError, ThunderError
 
@@ -98,10 +99,10 @@ class VllmEngine:
         )
 
     async def generate(self, request: GenerateRequest) -> Generation:
-        self._alive()
+        await self._serving()
         prompt_ids = check_request(request, self._limits)
         async with self._gate.turn(request.request_id):
-            output = await self._final_output(self._alive(), request, prompt_ids)
+            output = await self._final_output(await self._serving(), request, prompt_ids)
             generation = _to_generation(output, num_prompt=len(prompt_ids), weight_version=self._gate.version)
         self._totals["prompt"] += generation.prompt_tokens
         self._totals["cached"] += generation.cached_tokens
@@ -109,11 +110,10 @@ class VllmEngine:
         return generation
 
     async def abort(self, request_id: str) -> None:
-        await self._alive().abort(request_id)
+        await (await self._serving()).abort(request_id)
 
     async def stats(self) -> EngineStats:
-        if self._running().errored:
-            raise await self._death()
+        await self._serving()
         gauges, idle = self._gauges, not self._gate.in_flight  # vLLM reports only while it works
         return EngineStats(
             weight_version=self._gate.version,
@@ -130,7 +130,7 @@ class VllmEngine:
 
     async def reset_prefix_cache(self) -> None:
         """vLLM forgets all or nothing: where turns run, they are preempted and computed again."""
-        engine = self._alive()
+        engine = await self._serving()
         offloads = self._config.kv_offload_gib > 0
         if not await engine.reset_prefix_cache(reset_connector=offloads):
             await engine.reset_prefix_cache(reset_running_requests=True, reset_connector=offloads)
@@ -138,16 +138,16 @@ class VllmEngine:
             self._events.note_cleared()
 
     async def cache_changes(self, *, whole: bool = False) -> CacheChanges | None:
-        self._alive()
+        await self._serving()
         return await self._events.changes(whole=whole) if self._events is not None else None
 
     async def check_weights(self, source: WeightSource) -> None:
-        self._alive()
+        await self._serving()
         await asyncio.to_thread(check_weights, source, self._config.model)
 
     async def update_weights(self, source: WeightSource, *, version: str, mode: UpdateMode) -> None:
-        engine = self._alive()
-        await self.check_weights(source)
+        engine = await self._serving()
+        await asyncio.to_thread(check_weights, source, self._config.model)
         await self._gate.update(
             version,
             lambda: self._load_weights(engine, source, version),
@@ -174,9 +174,10 @@ class VllmEngine:
             raise self._half_loaded
         return self._engine
 
-    def _alive(self) -> Any:
+    async def _serving(self) -> Any:
+        """Whoever comes first after a death says why: it is the only one that is listened to (`EngineHost`)."""
         if self._running().errored:
-            raise EngineDied(f"engine {self._config.model} died; {_SEE_LOG}")
+            raise await self._death()
         return self._engine
 
     async def _death(self) -> EngineDied:
@@ -196,10 +197,11 @@ class VllmEngine:
 
     async def _load_weights(self, engine: Any, source: WeightSource, version: str) -> None:
         """No turn is inside. Anything that fails here leaves weights that no turn may see."""
-        self._alive()
+        await self._serving()
         try:
             async with asyncio.timeout(self._config.startup_timeout_s):
-                await engine.pause_generation(mode="abort", clear_cache=True)
+                pause = engine.pause_generation(mode="abort", clear_cache=True)
+                await pause_in_time(pause, hang_s=self._config.hang_s)
                 if self._events is not None:
                     self._events.note_cleared()
                 await engine.collective_rpc("begin_reload")

@@ -242,6 +242,16 @@ def _retrieve(task: asyncio.Task[None]) -> None:
         task.exception()
 
 
+async def pause_in_time(pause: Awaitable[None], *, hang_s: float) -> None:
+    """`pause` lets an engine whose turns were cut end its step. One that was cut has no turn that shows whether it
+    makes steps, so here it is found: raises `EngineDied` after `hang_s`."""
+    try:
+        async with asyncio.timeout(hang_s):
+            await pause
+    except TimeoutError:
+        raise EngineDied(f"the engine hangs: it did not pause within {hang_s:g} s") from None
+
+
 def half_loaded(model: str, version: str, error: BaseException) -> EngineDied:
     """An update that failed half-way: no turn may run on such weights."""
     return EngineDied(f"engine {model}: loading weights {version} failed half-way ({error}); it has to start anew")

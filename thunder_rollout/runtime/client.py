@@ -32,6 +32,7 @@ from thunder_rollout.engine.protocol import Engine, GenerateRequest, Generation,
 from thunder_rollout.errors import BadEvent, EngineDied, EngineFailed, RequestPoisoned
 from thunder_rollout.observe.metrics import MetricsSnapshot
 from thunder_rollout.runtime.service import Grant, SchedulerService
+from thunder_rollout.runtime.suspicion import Suspicion
 from thunder_rollout.sandbox.protocol import SandboxSpec
 
 LAST_WORD_S = 2.0  # for a turn to hear from its engine, once the scheduler knows that it is down
@@ -131,9 +132,7 @@ class ProgramClient:
     death (a node that is gone answers nobody, and Ray takes its time to say so). So is one that is cut
     from outside (for new weights): from what it has if `keep_cut_output`, else from its prompt.
 
-    Poison: a turn that may have brought an engine down (`EngineDied.by_turn`: it ran while the engine
-    failed at its work or hung, or its own result was nonsense) runs alone when it is asked again; one
-    that does so again is `RequestPoisoned`. An engine killed from outside is never held against a turn.
+    Poison: a turn that brings engines down is found out and `RequestPoisoned` (`runtime.suspicion`).
     """
 
     def __init__(
@@ -176,7 +175,7 @@ class ProgramClient:
         are of weights too old to go on from."""
         started = asyncio.get_running_loop().time()
         queue_s = 0.0
-        suspect = False
+        suspicion = Suspicion()
         pieces = _Pieces(prompt_ids, sampling)
         while True:
             request, context_ids = f"{self.program}/{next(self._turn_numbers)}", pieces.context_ids
@@ -189,19 +188,19 @@ class ProgramClient:
                         request_id=request,
                         prompt_ids=context_ids,
                         sampling=pieces.rest,
-                        suspect=suspect,
+                        max_together=suspicion.max_together,
                         program=self.program,
                         released=grant.released,
                     ),
                 )
             except EngineDied as error:
                 await self._report_dead(grant, error)
-                if error.by_turn and suspect:
+                suspicion.add(error)
+                if suspicion.is_proved:
                     raise RequestPoisoned(
-                        f"program {self.program}: a turn of {len(prompt_ids)} prompt tokens brought two engines down, "
-                        f"the second while it ran alone: {error}"
+                        f"program {self.program}: under a turn of {len(prompt_ids)} prompt tokens "
+                        f"{suspicion.num_deaths} engines went down, the last while it ran alone: {error}"
                     ) from error
-                suspect = suspect or error.by_turn
                 continue
             if generation.finish_reason == FinishReason.ABORT:  # somebody cut the turn, not its program
                 if self._keep_cut_output:

@@ -112,7 +112,7 @@ class VerlModel:
         """Raises `EngineDied`, `EngineFailed`, `Stale`, and what the router raises of ours."""
         started = time.monotonic()
         output, route = await self._generate(prompt_ids, sampling)
-        took_s = time.monotonic() - started
+        engine_s = max(0.0, time.monotonic() - started - route.held_s)
         self._note(output)
         generation = Generation(
             token_ids=list(output.token_ids),
@@ -122,12 +122,10 @@ class VerlModel:
             cached_tokens=output.extra_fields.get("num_cached_tokens") or 0,
             queue_s=0.0,
             prefill_s=0.0,
-            decode_s=0.0,
+            decode_s=engine_s,  # verl's servers don't tell it apart
             weight_version=str(self.versions.last),
         )
-        return in_one_piece(
-            generation, backend=route.server, queue_s=route.held_s, engine_s=max(0.0, took_s - route.held_s)
-        )
+        return in_one_piece(generation, backend=route.server, queue_s=route.held_s, engine_s=engine_s)
 
     async def tool_started(self, tool: str) -> None:
         self.client.tool_started(self.program, tool)

@@ -42,10 +42,10 @@ class ScriptedModel:
             prompt_tokens=len(prompt_ids),
             cached_tokens=0,
             queue_s=0.0,
-            prefill_s=0.0,
-            decode_s=0.0,
+            prefill_s=0.25,
+            decode_s=0.75,
         )
-        return in_one_piece(generation, backend="e0", queue_s=1000.0, engine_s=1.0)
+        return in_one_piece(generation, backend="e0", queue_s=1000.0, engine_s=2000.0)
 
     async def tool_started(self, tool: str) -> None:
         self.tools.append("started")
@@ -133,7 +133,7 @@ async def test_a_turn_cut_short_is_closed_as_context(play, chat):
     assert trajectory.loss_mask[after] == 0
 
 
-async def test_time_in_engine_and_commands_ends_the_episode_and_waiting_does_not(play):
+async def test_time_at_work_and_in_commands_ends_the_episode_and_waiting_for_machinery_does_not(play):
     def slow(command: str) -> ExecResult:
         return ExecResult(exit_code=0, output="", timed_out=False, took_s=4.0)
 

@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.engine_contract import *  # noqa: F403
 from tests.support.engine_contract import CONFIG, GREEDY, VOCAB_SIZE, new_prompt, new_request, run
+from tests.support.failing_engines import check_that_an_update_finds_a_hang
 from thunder_rollout.engine.fake import FakeEngine
 from thunder_rollout.engine.host import EngineHost
 from thunder_rollout.engine.protocol import GenerateRequest, Generation
@@ -67,12 +68,51 @@ async def test_an_update_of_an_engine_that_hangs_ends_with_it(engine: EngineHost
         engine.update_weights(MemoryWeights(shapes={}, buckets=()), version="1", mode=UpdateMode.WAIT)
     )
     await asyncio.sleep(0.05)
-    engine._declare_dead(EngineDied("it hangs"))
+    engine._alive().end(EngineDied("it hangs"))
     for waiting in (turn, update):
         with pytest.raises(EngineDied, match="it hangs"):
             await waiting
     await engine.start()
     assert (await run(engine, new_prompt(40))).weight_version == "0"
+
+
+@pytest.mark.parametrize("mode", [UpdateMode.KEEP, UpdateMode.CUT])
+@pytest.mark.parametrize("in_host", [False, True])
+def test_an_update_finds_a_hang_that_no_turn_shows_any_more(mode: UpdateMode, in_host: bool) -> None:
+    async def main() -> None:
+        fake = FakeEngine(CONFIG, vocab_size=VOCAB_SIZE)
+        engine = EngineHost(lambda: fake, hang_s=5.0) if in_host else fake
+        await engine.start()
+        weights = MemoryWeights(shapes={}, buckets=())
+        await check_that_an_update_finds_a_hang(engine, fake.hang, weights, mode, CONFIG.hang_s)
+        await engine.stop()
+
+    run_in_virtual_time(main())
+
+
+async def test_what_is_late_to_hear_of_a_death_does_not_end_the_next_engine() -> None:
+    class Late(FakeEngine):
+        async def update_weights(self, source: WeightSource, *, version: str, mode: UpdateMode) -> None:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                await asyncio.sleep(0.2)
+
+    first = Late(CONFIG, vocab_size=VOCAB_SIZE)
+    engines = [first, FakeEngine(CONFIG, vocab_size=VOCAB_SIZE)]
+    host = EngineHost(lambda: engines.pop(0), hang_s=5.0)
+    await host.start()
+    update = host.update_weights(MemoryWeights(shapes={}, buckets=()), version="1", mode=UpdateMode.WAIT)
+    updating = asyncio.create_task(update)
+    await asyncio.sleep(0.05)
+    first.die()
+    with pytest.raises(EngineDied):
+        await host.stats()
+    await host.start()
+    with pytest.raises(EngineDied):
+        await updating
+    await host.stats()
+    await host.stop()
 
 
 class Answers(FakeEngine):
@@ -93,7 +133,7 @@ async def test_nonsense_ends_the_engine_and_blames_its_own_turn_alone(message: s
     engine.answer = replace(GOOD, **changes)
     with pytest.raises(EngineDied, match=message) as caught:
         await host.generate(new_request([1, 2, 3]))
-    assert caught.value.by_turn
+    assert (caught.value.by_turn, caught.value.num_together) == (True, 1)
     with pytest.raises(EngineDied, match=message) as caught:
         await host.stats()
     assert not caught.value.by_turn
@@ -128,29 +168,29 @@ async def test_a_new_start_ends_the_turns_of_the_engine_before(engine: EngineHos
 
 @pytest.mark.parametrize(("fault", "blamed"), [("hang", True), ("crash", True), ("kill", False)])
 def test_turns_that_ran_are_blamed_only_where_they_may_be_the_cause(fault: str, blamed: bool) -> None:
-    async def main() -> list[bool]:
+    async def main() -> list[tuple[bool, int | None]]:
         engine = FakeEngine(CONFIG)
         host = EngineHost(lambda: engine, hang_s=5.0)
         await host.start()
-        ran = asyncio.create_task(run(host, new_prompt(100), max_tokens=1500))
+        ran = [asyncio.create_task(run(host, new_prompt(100), max_tokens=1500)) for _ in range(2)]
         await asyncio.sleep(0.1)
-        held_back = asyncio.create_task(host.generate(replace(new_request(new_prompt(100)), suspect=True)))
+        held_back = asyncio.create_task(host.generate(replace(new_request(new_prompt(100)), max_together=1)))
         await asyncio.sleep(0.1)
         if fault == "hang":
             engine.hang()
             await asyncio.sleep(0.2)
             await host.stats()
             await asyncio.sleep(5.1)
-            with pytest.raises(EngineDied, match="1 turns, no step for 5 s"):
+            with pytest.raises(EngineDied, match="2 turns, no step for 5 s"):
                 await host.stats()
         else:
             engine.die(by_turn=fault == "crash")
-        errors = await asyncio.gather(ran, held_back, return_exceptions=True)
+        errors = await asyncio.gather(*ran, held_back, return_exceptions=True)
         await host.stop()
         assert all(isinstance(error, EngineDied) for error in errors)
-        return [error.by_turn for error in errors if isinstance(error, EngineDied)]
+        return [(error.by_turn, error.num_together) for error in errors if isinstance(error, EngineDied)]
 
-    assert run_in_virtual_time(main()) == [blamed, False]
+    assert run_in_virtual_time(main()) == [(blamed, 2), (blamed, 2), (False, 0)]
 
 
 async def test_a_turn_that_comes_after_the_crash_is_not_blamed_for_it() -> None:
@@ -165,7 +205,7 @@ async def test_a_turn_that_comes_after_the_crash_is_not_blamed_for_it() -> None:
     assert caught.value.by_turn
     with pytest.raises(EngineDied) as caught:
         await run(host, new_prompt(100))
-    assert not caught.value.by_turn
+    assert (caught.value.by_turn, caught.value.num_together) == (False, 0)
     await host.stop()
 
 
@@ -186,27 +226,41 @@ def test_an_idle_engine_never_hangs() -> None:
     run_in_virtual_time(main())
 
 
-def test_a_suspect_runs_alone_and_the_others_after_it() -> None:
-    async def main() -> list[tuple[str, int]]:
-        host = make_host()
+class Watched(FakeEngine):
+    """Remembers of each turn as it came how many it allows, and how many ran then."""
+
+    def __init__(self) -> None:
+        super().__init__(CONFIG, vocab_size=VOCAB_SIZE)
+        self.came: list[tuple[int | None, int]] = []
+        self.inside = 0
+
+    async def generate(self, request: GenerateRequest) -> Generation:
+        self.inside += 1
+        self.came.append((request.max_together, self.inside))
+        try:
+            return await super().generate(request)
+        finally:
+            self.inside -= 1
+
+
+def test_suspects_run_in_small_companies_and_the_others_after_them() -> None:
+    async def main() -> list[tuple[int | None, int]]:
+        engine = Watched()
+        host = EngineHost(lambda: engine, hang_s=5.0)
         await host.start()
-        order: list[tuple[str, int]] = []
-
-        async def turn(name: str, suspect: bool) -> None:
-            await host.generate(replace(new_request(new_prompt(100), max_tokens=200), suspect=suspect))
-            order.append((name, (await host.stats()).in_flight))
-
-        first = [asyncio.create_task(turn("before", suspect=False)) for _ in range(3)]
-        await asyncio.sleep(0.1)
-        suspects = [asyncio.create_task(turn("suspect", suspect=True)) for _ in range(2)]
-        await asyncio.sleep(0)
-        last = asyncio.create_task(turn("after", suspect=False))
-        await asyncio.gather(*first, *suspects, last)
+        turns = []
+        for max_together in (*[None] * 5, *[2] * 3, 1, 1, *[None] * 3):
+            request = replace(new_request(new_prompt(100), max_tokens=200), max_together=max_together)
+            turns.append(asyncio.create_task(host.generate(request)))
+            await asyncio.sleep(0.01)
+        await asyncio.gather(*turns)
         await host.stop()
-        return order
+        return engine.came
 
-    order = run_in_virtual_time(main())
-    assert [name for name, _ in order] == ["before"] * 3 + ["suspect"] * 2 + ["after"]
+    came = run_in_virtual_time(main())
+    assert [max_together for max_together, _ in came] == [*[None] * 5, 1, 1, *[2] * 3, *[None] * 3]
+    assert [inside for _, inside in came[:7]] == [1, 2, 3, 4, 5, 1, 1]
+    assert max(inside for _, inside in came[7:10]) == 2
 
 
 def test_cancelling_a_suspect_that_waits_lets_the_others_go() -> None:
@@ -215,7 +269,7 @@ def test_cancelling_a_suspect_that_waits_lets_the_others_go() -> None:
         await host.start()
         running = asyncio.create_task(run(host, new_prompt(100), max_tokens=1500))
         await asyncio.sleep(0.1)
-        suspect = asyncio.create_task(host.generate(replace(new_request(new_prompt(100)), suspect=True)))
+        suspect = asyncio.create_task(host.generate(replace(new_request(new_prompt(100)), max_together=1)))
         await asyncio.sleep(0.1)
         other = asyncio.create_task(run(host, new_prompt(100)))
         await asyncio.sleep(0.1)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from tests.support.failing_engines import SUPERVISED, LocalHost, Run, play, supervised_run
+from thunder_rollout.agent.loop import TurnResult
 from thunder_rollout.core.events import BackendDown
 from thunder_rollout.engine.protocol import EngineInfo, EngineStats, GenerateRequest, Generation, Sampling
 from thunder_rollout.engine.virtual_time import run_in_virtual_time
@@ -60,6 +63,21 @@ def test_turns_on_a_node_that_is_gone_move_as_soon_as_the_supervisor_has_missed_
     assert outputs == undisturbed
     noticed_s = SUPERVISED.report_s + SUPERVISED.hang_s + LAST_WORD_S
     assert took_s < 2 * usual_s + noticed_s + 1.0
+
+
+def test_what_an_engine_that_hangs_cost_a_turn_is_not_time_of_its_agent() -> None:
+    async def main(fault: bool) -> TurnResult:
+        async with supervised_run(1) as run, run.client("p") as client:
+            turn = asyncio.create_task(client.turn([1, 2, 3], Sampling(max_tokens=500, ignore_eos=True)))
+            await asyncio.sleep(0.1)
+            if fault:
+                run.hosts["engine0"].engines[-1].hang()
+            return await turn
+
+    usual, late = run_in_virtual_time(main(fault=False)), run_in_virtual_time(main(fault=True))
+    assert late.engine_s > usual.engine_s + SUPERVISED.hang_s
+    at_work = [result.generation.prefill_s + result.generation.decode_s for result in (usual, late)]
+    assert at_work[0] == pytest.approx(at_work[1])
 
 
 def test_a_turn_on_an_engine_that_leaves_may_finish_there() -> None:

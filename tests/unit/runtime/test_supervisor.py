@@ -14,6 +14,7 @@ from tests.support.failing_engines import (
     SUPERVISED,
     LocalHost,
     NeverStarts,
+    OvereatingEngine,
     PoisonedEngine,
     Run,
     play,
@@ -21,12 +22,13 @@ from tests.support.failing_engines import (
 )
 from thunder_rollout.core.events import BackendDown, BackendStats, BackendUp, Event
 from thunder_rollout.engine.fake import FakeEngine
-from thunder_rollout.engine.protocol import EngineInfo, EngineStats
+from thunder_rollout.engine.protocol import EngineInfo, EngineStats, Sampling
 from thunder_rollout.engine.virtual_time import run_in_virtual_time
 from thunder_rollout.engine.weights import FolderWeights, MemoryWeights, UpdateMode
 from thunder_rollout.errors import EngineDied, RequestPoisoned
+from thunder_rollout.runtime.client import LocalScheduler
 from thunder_rollout.runtime.supervisor import EngineSupervisor
-from thunder_rollout.runtime.weights import Weights
+from thunder_rollout.runtime.weights import Weights, update_weights
 
 PROMPTS = [[1 + number, *range(100, 300)] for number in range(12)]
 
@@ -128,6 +130,36 @@ def test_ten_kills_in_a_row_poison_nobody() -> None:
     assert run_in_virtual_time(main()) == undisturbed()
 
 
+def test_ten_kills_in_a_row_of_the_only_engine_leave_its_only_program_alive() -> None:
+    async def main() -> list[int]:
+        async with supervised_run(1, config=replace(SUPERVISED, max_restarts=10)) as run, run.client("p") as client:
+            sampling = Sampling(max_tokens=1500, temperature=0.0, ignore_eos=True)
+            turn = asyncio.create_task(client.turn([1, 2, 3], sampling))
+            for number in range(10):
+                await asyncio.sleep(1.5)
+                engine = run.hosts["engine0"].engines[-1]
+                assert (number + 1, (await engine.stats()).in_flight) == (len(run.hosts["engine0"].engines), 1)
+                engine.die()
+            return (await turn).generation.token_ids
+
+    assert len(run_in_virtual_time(main())) == 1500
+
+
+def test_a_turn_that_engines_are_killed_under_is_found_out_and_the_others_go_on() -> None:
+    async def main() -> list[list[list[int]]]:
+        config = replace(SUPERVISED, max_restarts=12)
+        async with supervised_run(make=lambda: OvereatingEngine(CONFIG), config=config) as run:
+            innocent = asyncio.create_task(play_all(run))
+            with pytest.raises(RequestPoisoned, match="11 engines went down, the last while it ran alone"):
+                await play(run.client("guilty"), [1, POISON, 2])
+            outputs = await innocent
+            await asyncio.sleep(10)
+            assert sum(supervisor.num_restarts for supervisor in run.supervisors.values()) == 11
+            return outputs
+
+    assert run_in_virtual_time(main()) == undisturbed()
+
+
 def test_while_the_only_engine_restarts_programs_wait() -> None:
     async def main() -> list[list[list[int]]]:
         async with supervised_run(1) as run:
@@ -191,7 +223,7 @@ def test_a_poisoned_turn_ends_alone_and_after_two_deaths() -> None:
     async def main() -> list[list[list[int]]]:
         async with supervised_run(make=lambda: PoisonedEngine(CONFIG)) as run:
             innocent = asyncio.create_task(play_all(run))
-            with pytest.raises(RequestPoisoned, match="a turn of 3 prompt tokens brought two engines down"):
+            with pytest.raises(RequestPoisoned, match="a turn of 3 prompt tokens 2 engines went down"):
                 await play(run.client("guilty"), [1, POISON, 2])
             outputs = await innocent
             await asyncio.sleep(10)
@@ -199,6 +231,26 @@ def test_a_poisoned_turn_ends_alone_and_after_two_deaths() -> None:
             return outputs
 
     assert run_in_virtual_time(main()) == undisturbed()
+
+
+def test_of_many_turns_the_poisoned_one_is_found_by_few_deaths_and_the_others_lose_little() -> None:
+    large = replace(SUPERVISED, kv_cache_tokens=200 * 1024, max_num_seqs=256, max_restarts=4)
+
+    async def main(prompts: list[list[int]]) -> tuple[list[object], float, int]:
+        loop = asyncio.get_running_loop()
+        async with supervised_run(1, lambda: PoisonedEngine(large), large) as run:
+            started_s = loop.time()
+            turns = (play(run.client(f"p{i}"), prompt, num_turns=1) for i, prompt in enumerate(prompts))
+            outcomes = await asyncio.gather(*turns, return_exceptions=True)
+            return outcomes, loop.time() - started_s, run.supervisors["engine0"].num_restarts
+
+    prompts = [[20 + number, *range(300, 400)] for number in range(130)]
+    undisturbed, usual_s, _ = run_in_virtual_time(main(prompts))
+    (guilty, *innocent), took_s, num_restarts = run_in_virtual_time(main([[POISON, 1, 2], *prompts[1:]]))
+    assert isinstance(guilty, RequestPoisoned)
+    assert innocent == undisturbed[1:]
+    assert num_restarts == 4, "of 130, of 16, of 2, and alone"
+    assert took_s < 4 * usual_s, "one turn after the other would take eight times as long as all together"
 
 
 def test_two_poisoned_turns_condemn_no_third() -> None:
@@ -211,6 +263,24 @@ def test_two_poisoned_turns_condemn_no_third() -> None:
             return await innocent
 
     assert run_in_virtual_time(main()) == undisturbed()
+
+
+def test_an_engine_that_hangs_under_new_weights_holds_up_the_others_no_longer_than_any_hang() -> None:
+    async def main() -> None:
+        async with supervised_run(make=lambda: FakeEngine(SUPERVISED)) as run:
+            playing = asyncio.create_task(play_all(run))
+            await asyncio.sleep(1.0)
+            run.hosts["engine0"].engines[-1].hang()
+            report = await update_weights(
+                LocalScheduler(run.service), run.hosts, MemoryWeights(shapes={}, buckets=()), version="1"
+            )
+            assert report.died == ("engine0",)
+            assert report.duration_s < SUPERVISED.hang_s + 1
+            await asyncio.sleep(SUPERVISED.report_s + 1)
+            assert backends_up(run) == {"engine0": 1, "engine1": 0}
+            assert {len(output) for outputs in await playing for output in outputs} == {100}
+
+    run_in_virtual_time(main())
 
 
 class Deaf(LocalHost):
