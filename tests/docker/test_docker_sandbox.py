@@ -116,6 +116,18 @@ async def test_one_whose_files_find_no_room_in_the_budget_is_frozen_instead(engi
     await store.stop()
 
 
+async def test_one_that_starts_again_too_slowly_is_a_typed_error_and_the_next_try_leaves_one_container(
+    make: MakeSandbox, client: docker.DockerClient
+) -> None:
+    async with started(make) as box:
+        await box.rest(Rest.STOP)
+        for limit_s in (0.001, 0.1):
+            with patch.object(box, "_start_timeout_s", limit_s), pytest.raises(SandboxFailed, match="not ready after"):
+                await box.exec("true", timeout_s=10)
+        assert (await box.exec("cat a.py", timeout_s=10)).output == "x = 1\n"
+        assert len(containers(client, RUN)) == 1
+
+
 def test_the_engine_is_chosen_and_named() -> None:
     choice = select_backend(SandboxConfig(backend="auto"))
     assert choice.backend == "docker"

@@ -234,7 +234,8 @@ class DockerSandbox(ShellSandbox):
             self._images.give_back(room_bytes)
 
     async def _start_again(self) -> None:
-        async with asyncio.timeout(self._start_timeout_s):
+        async with self._in_time():
+            await self._remove()  # what an earlier try left
             await self._boot()
 
     async def _ask(self, call: Callable[[], Any]) -> Any:
@@ -294,7 +295,7 @@ class DockerSandbox(ShellSandbox):
         if self._creating is None:
             return
         try:
-            container = await self._creating  # a cancelled start may still be creating it
+            container = await asyncio.shield(self._creating)  # a cancelled start may still be creating it
         except (APIError, SandboxFailed):
             return
         await self._engine.call(lambda: remove_container(self._engine, container))

@@ -5,7 +5,9 @@ which their programs need them; one that was prepared is handed over only if it 
 a sandbox down whatever it was doing, and is idempotent; after `stop`, nothing of this session is
 left. The session (one life of one host) tells our sandboxes from those of hosts that have died,
 which `start` sweeps away, whatever run they were of. A reaper stands by for the case that this
-process or the driver dies, and is replaced if it dies itself.
+process or the driver dies, and is replaced if it dies itself. What goes wrong with a sandbox is
+`SandboxFailed` to its program, whatever it was (no file descriptor or process to be had, an engine
+that refuses or is late), and nothing to anybody else.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,7 +130,8 @@ class SandboxHost:
         if slot.starting.cancelled():
             raise SandboxFailed(f"sandbox: program={program} was released while its sandbox started")
         took_s = slot.starting.result()
-        woke_s = await self._resting.wake(program)
+        with _typed(program):
+            woke_s = await self._resting.wake(program)
         return took_s if woke_s is None else woke_s
 
     async def acquire(self, program: str, spec: SandboxSpec) -> float:
@@ -136,7 +139,7 @@ class SandboxHost:
         `prepare`."""
         took_s = await self.prepare(program, spec)
         slot = self._slots.get(program)
-        if slot is not None and not slot.is_taken and not await slot.sandbox.is_alive():
+        if slot is not None and not slot.is_taken and not await self._is_alive(program, slot):
             logger.warning("program=%s: the sandbox prepared for it has died; starting another", program)
             if self._slots.get(program) is slot:
                 await self.release(program)
@@ -151,29 +154,38 @@ class SandboxHost:
 
         Whether it was put away, and takes about as long to have back as to start. Nothing happens if the program
         has none yet, or one prepared for a grant that is near."""
+        if self._rest_watch is not None and self._rest_watch.done() and not self._rest_watch.cancelled():
+            self._rest_watch.result()  # it ends before the host only by a bug of ours
         slot = self._slots.get(program)
         if slot is None or not slot.is_taken:
             return False
-        return await self._resting.rest(program, slot.sandbox) is Rest.STOP
+        with _typed(program):
+            return await self._resting.rest(program, slot.sandbox) is Rest.STOP
 
     async def wake(self, program: str) -> None:
         """The program will need its sandbox soon. Raises `SandboxFailed`."""
-        await self._resting.wake(program)
+        with _typed(program):
+            await self._resting.wake(program)
 
     async def exec(self, program: str, command: str, *, timeout_s: float) -> ExecResult:
-        return await self._of(program).exec(command, timeout_s=timeout_s)
+        with _typed(program):
+            return await self._of(program).exec(command, timeout_s=timeout_s)
 
     async def read_file(self, program: str, path: str) -> bytes:
-        return await self._of(program).read_file(path)
+        with _typed(program, answer=FileNotFoundError):
+            return await self._of(program).read_file(path)
 
     async def write_file(self, program: str, path: str, content: bytes) -> None:
-        await self._of(program).write_file(path, content)
+        with _typed(program, answer=FileNotFoundError):
+            await self._of(program).write_file(path, content)
 
     async def diff(self, program: str, base_commit: str) -> bytes:
-        return await self._of(program).diff(base_commit)
+        with _typed(program):
+            return await self._of(program).diff(base_commit)
 
     async def clear(self, program: str) -> None:
-        await self._of(program).clear()
+        with _typed(program):
+            await self._of(program).clear()
 
     async def release(self, program: str) -> None:
         """Remove the program's sandbox, also while it starts. Idempotent, bounded in time."""
@@ -184,7 +196,8 @@ class SandboxHost:
         stopping = asyncio.create_task(self._take_down(slot), name=f"stop-sandbox-{program}")
         self._stops.add(stopping)
         stopping.add_done_callback(self._stops.discard)
-        await asyncio.shield(stopping)
+        with _typed(program):
+            await asyncio.shield(stopping)
 
     @asynccontextmanager
     async def fresh(self, spec: SandboxSpec) -> AsyncIterator[Sandbox]:
@@ -243,14 +256,19 @@ class SandboxHost:
         slot.starting.add_done_callback(_retrieve)
         return slot
 
+    async def _is_alive(self, program: str, slot: _Slot) -> bool:
+        with _typed(program):
+            return await slot.sandbox.is_alive()
+
     async def _start(self, program: str, slot: _Slot) -> float:
         try:
-            if self._images is not None:
-                await self._images.acquire(slot.image)
-                slot.has_image = True
-            async with self._starts.inside(slot, slot.due_s):  # not before: a pull must not keep others out
-                began_s = time.monotonic()
-                await slot.sandbox.start()
+            with _typed(program):
+                if self._images is not None:
+                    await self._images.acquire(slot.image)
+                    slot.has_image = True
+                async with self._starts.inside(slot, slot.due_s):  # not before: a pull must not keep others out
+                    began_s = time.monotonic()
+                    await slot.sandbox.start()
         except Exception:
             self._num_failed += 1
             self._forget(program, slot)
@@ -327,6 +345,18 @@ class SandboxHost:
             async with store.lease(TOY_IMAGE):
                 pass  # it is built by now
         return lambda spec: DockerSandbox(spec, engine, images=store, start_timeout_s=start_timeout_s)
+
+
+@contextmanager
+def _typed(program: str, *, answer: type[OSError] | tuple[()] = ()) -> Iterator[None]:
+    """An error of the machine's or the engine's (`docker.errors.APIError` and `TimeoutError` are `OSError`s too) leaves
+    as `SandboxFailed`; `answer` is none of them."""
+    try:
+        yield
+    except answer:
+        raise
+    except OSError as error:
+        raise SandboxFailed(f"sandbox: program={program}: {type(error).__name__}: {error}") from error
 
 
 def _retrieve(task: asyncio.Task[float]) -> None:

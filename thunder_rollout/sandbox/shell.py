@@ -19,6 +19,8 @@ import logging
 import tarfile
 import time
 from abc import abstractmethod
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from thunder_rollout.errors import SandboxFailed
 from thunder_rollout.sandbox.channel import NOT_RUNNABLE, CommandRunner
@@ -107,7 +109,8 @@ class ShellSandbox(CommandRunner):
 
     @abstractmethod
     async def _start_again(self) -> None:
-        """After `_put_away`; with what is left of the time to live."""
+        """After `_put_away`, or after a start again that failed; with what is left of the time to live. Raises
+        `SandboxFailed`."""
 
     async def start(self) -> None:
         if self._started or self._stopping is not None:
@@ -115,16 +118,23 @@ class ShellSandbox(CommandRunner):
         self._started = True
         self._ends_s = time.monotonic() + self.spec.limits.ttl_s
         try:
-            async with asyncio.timeout(self._start_timeout_s):
+            async with self._in_time():
                 await self._boot()
                 await self._populate()
-        except BaseException as error:
+        except BaseException:
             await self.stop()
-            if isinstance(error, TimeoutError):
-                raise SandboxFailed(
-                    f"sandbox: not ready after {self._start_timeout_s:.0f} s; raise sandbox.start_timeout_s"
-                ) from error
             raise
+
+    @asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        """Around a start. Raises `SandboxFailed` when it takes too long."""
+        try:
+            async with asyncio.timeout(self._start_timeout_s):
+                yield
+        except TimeoutError as error:
+            raise SandboxFailed(
+                f"sandbox: not ready after {self._start_timeout_s:.0f} s; raise sandbox.start_timeout_s"
+            ) from error
 
     async def _populate(self) -> None:
         spec = self.spec

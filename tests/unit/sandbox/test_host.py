@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 from collections.abc import Callable
 
 import pytest
+from docker.errors import APIError
 
 from thunder_rollout.errors import SandboxFailed
 from thunder_rollout.sandbox.config import ImagesConfig, SandboxConfig
@@ -16,6 +18,7 @@ from thunder_rollout.sandbox.host import SandboxHost
 from thunder_rollout.sandbox.image_cache import Image, Layer
 from thunder_rollout.sandbox.image_store import ImageStore
 from thunder_rollout.sandbox.protocol import ExecResult, Rest, SandboxSpec
+from thunder_rollout.sandbox.resting import RestingSandboxes
 
 SPEC = SandboxSpec(image="toy", files={"/testbed/a": b"1\n"}, labels={"task": "t"})
 
@@ -23,14 +26,15 @@ SPEC = SandboxSpec(image="toy", files={"/testbed/a": b"1\n"}, labels={"task": "t
 class Factory:
     """Makes fakes and remembers them."""
 
-    def __init__(self, start_s: float = 0.0, errors: int = 0) -> None:
+    def __init__(self, start_s: float = 0.0, errors: int = 0, error: Exception | None = None) -> None:
         self.made: list[FakeSandbox] = []
         self._start_s = start_s
         self._errors = errors
+        self._error = error or SandboxFailed("no luck")
         self.max_starting = 0
 
     def __call__(self, spec: SandboxSpec) -> FakeSandbox:
-        error = SandboxFailed("no luck") if len(self.made) < self._errors else None
+        error = self._error if len(self.made) < self._errors else None
         answer: Callable[[str], ExecResult] = lambda command: ExecResult(
             exit_code=0, output=command, timed_out=False, took_s=0.0
         )
@@ -164,6 +168,53 @@ async def test_a_failed_start_reaches_its_waiters_and_the_next_try_is_new() -> N
         assert isinstance(outcome, SandboxFailed)
     await host.acquire("p", SPEC)
     assert (host.stats().num_failed, host.stats().num_started) == (1, 1)
+
+
+TROUBLES = [OSError(errno.EMFILE, "Too many open files"), TimeoutError(), APIError("no space left on device")]
+
+
+@pytest.mark.parametrize("trouble", TROUBLES, ids=lambda trouble: type(trouble).__name__)
+async def test_trouble_of_the_machine_or_the_engine_fails_its_program_and_no_other(trouble: OSError) -> None:
+    factory = Factory(errors=1, error=trouble)
+    host = await host_of(factory, when_paused="stop")
+    with pytest.raises(SandboxFailed, match=type(trouble).__name__):
+        await host.prepare("p", SPEC)
+    assert host.stats().num_failed == 1
+    await asyncio.gather(host.acquire("p", SPEC), host.prepare("q", SPEC))
+    for fake in factory.made:
+        fake.trouble = trouble
+    await host.rest("p")
+    for call in (
+        lambda: host.wake("p"),
+        lambda: host.exec("p", "hi", timeout_s=1),
+        lambda: host.read_file("p", "/testbed/a"),
+        lambda: host.write_file("p", "/testbed/a", b""),
+        lambda: host.diff("p", "HEAD"),
+        lambda: host.clear("p"),
+        lambda: host.acquire("q", SPEC),
+    ):
+        with pytest.raises(SandboxFailed, match=type(trouble).__name__):
+            await call()
+    for fake in factory.made:
+        fake.trouble = None
+    with pytest.raises(FileNotFoundError):
+        await host.read_file("p", "/testbed/missing")
+    assert (await host.exec("p", "hi", timeout_s=1)).output == "hi"
+    await host.stop()
+
+
+async def test_a_bug_in_the_watch_of_the_pressure_is_told_to_whoever_rests_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def broken(self: RestingSandboxes) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(RestingSandboxes, "run", broken)
+    host = await host_of(Factory())
+    await host.acquire("p", SPEC)
+    with pytest.raises(ZeroDivisionError):
+        await host.rest("p")
+    await host.stop()
 
 
 async def test_a_fresh_sandbox_ends_with_its_block() -> None:
