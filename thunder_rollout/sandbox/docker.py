@@ -3,8 +3,9 @@
 What bounds one: memory (swap included), CPUs and processes by the engine's cgroups; no network
 but loopback; few capabilities and no way to gain any. `disk_bytes` binds the writable layer where
 the storage driver has quotas (overlay2 on xfs with pquota, btrfs, zfs). Elsewhere it binds the size
-of one file, and a command that is found to have written more than that in all is killed: a container
-can be over the limit by what it writes in `_DISK_EVERY_S`.
+of one file, and when a container is found to have written more than that in all, its processes are killed,
+those that earlier commands left behind included: it can be over the limit by what it writes between two looks
+(see `disk_watch`). Nothing that it prints is kept.
 
 While it rests it is paused, or committed to an image and removed, and then started again from that image; what
 the image's volumes hold would not survive that, so a container with volumes is paused instead, and so is one
@@ -29,7 +30,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from docker.errors import APIError, ImageNotFound, NotFound
-from docker.types import Ulimit
+from docker.types import LogConfig, Ulimit
 
 from thunder_rollout.errors import SandboxFailed
 from thunder_rollout.sandbox.channel import CHANNEL_SCRIPT, KILLED, Channel, Marked, NotRunnable
@@ -42,14 +43,14 @@ from thunder_rollout.sandbox.docker_engine import (
 )
 from thunder_rollout.sandbox.gitdiff import SCRATCH
 from thunder_rollout.sandbox.image_store import ImageStore
-from thunder_rollout.sandbox.protocol import SandboxSpec
+from thunder_rollout.sandbox.protocol import Rest, SandboxSpec
 from thunder_rollout.sandbox.shell import INIT_SCRIPT, ShellSandbox
 from thunder_rollout.sandbox.variables import common_variables
 
 logger = logging.getLogger(__name__)
 
 _DEATH_PATIENCE_S = 1.0
-_DISK_EVERY_S = 1.0
+_ROOM_MAKING_S = 1.0  # a command that finds the disk full may run so long
 _FREEZE_ATTEMPTS = 4
 _LEAST_DISK_BYTES = 2**20
 _KEPT_CAPABILITIES = ["CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID"]
@@ -71,6 +72,8 @@ class DockerSandbox(ShellSandbox):
         self._container = ""
         self._creating: asyncio.Future[str] | None = None
         self._stdin: AttachedStream | None = None
+        self._under_way: tuple[Marked, float] | None = None  # the command, and when it began
+        self._ended_at_bytes = 0  # what it had written when its processes were ended for that
         self._kept_image = ""  # its files, once it was put away
         self._kept_bytes = 0  # of what it had written by then
         self._room_bytes = 0  # what that takes of the node's budget
@@ -85,6 +88,8 @@ class DockerSandbox(ShellSandbox):
             )
             self._stdin = AttachedStream(holder)
             await self._engine.call(lambda: api.start(self._container))
+            if not self._engine.has_quota:
+                self._engine.disk.add(self._container, self._see_written)
         except ImageNotFound as error:
             raise SandboxFailed(
                 f"sandbox: the Docker engine has no image {self.spec.image!r}; pull or build it first, or correct the "
@@ -125,6 +130,7 @@ class DockerSandbox(ShellSandbox):
             cap_drop=["ALL"],
             cap_add=_KEPT_CAPABILITIES,
             security_opt=["no-new-privileges"],
+            log_config=LogConfig(type=LogConfig.types.NONE),
             tmpfs={SCRATCH: "size=256m,mode=0700"},
             ulimits=[Ulimit(name="fsize", soft=limits.disk_bytes, hard=limits.disk_bytes)],
             storage_opt=storage_opt,
@@ -156,29 +162,30 @@ class DockerSandbox(ShellSandbox):
 
     @asynccontextmanager
     async def _watched(self, marked: Marked) -> AsyncIterator[None]:
-        """For engines without quotas: a command that fills the disk ends, and is told why."""
-        if self._engine.has_quota:
-            yield
-            return
-        watching = asyncio.create_task(self._kill_when_over_disk(marked))
+        self._under_way = marked, time.monotonic()
         try:
             yield
         finally:
-            watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
+            self._under_way = None
 
-    async def _kill_when_over_disk(self, marked: Marked) -> None:
-        while True:
-            await asyncio.sleep(_DISK_EVERY_S)
-            if await self._written_bytes() > self._disk_bytes():
+    async def _see_written(self, written_bytes: int) -> None:
+        """What fills the disk ends; a command is told why."""
+        if written_bytes <= self._disk_bytes():
+            self._ended_at_bytes = 0
+        elif self._under_way is not None:
+            marked, began_s = self._under_way
+            if time.monotonic() - began_s >= _ROOM_MAKING_S:
                 marked.note(f"killed: the sandbox's disk is full ({self.spec.limits.disk_bytes} bytes)\n".encode())
                 await self._clear()
-                return
+        elif written_bytes > self._ended_at_bytes and not self._lock.locked():
+            async with self._lock:
+                await self._settle()
+                if self._rest is Rest.KEEP:
+                    await self._end_processes()
+                    self._ended_at_bytes = written_bytes
 
     async def _written_bytes(self) -> int:
-        api = self._engine.client.api
-        found = await self._engine.call(lambda: api.containers(filters={"id": self._container}, size=True))
-        return int(found[0].get("SizeRw", 0)) if found else 0
+        return (await self._engine.written_bytes([self._container])).get(self._container, 0)
 
     def _disk_bytes(self) -> int:
         return max(_LEAST_DISK_BYTES, self.spec.limits.disk_bytes - self._kept_bytes)
@@ -298,6 +305,7 @@ class DockerSandbox(ShellSandbox):
             container = await asyncio.shield(self._creating)  # a cancelled start may still be creating it
         except (APIError, SandboxFailed):
             return
+        self._engine.disk.drop(container)
         await self._engine.call(lambda: remove_container(self._engine, container))
         if self._stdin is not None:
             self._stdin.close()

@@ -22,6 +22,7 @@ from docker.errors import APIError, DockerException, NotFound
 
 from thunder_rollout.errors import ConfigError, SandboxFailed
 from thunder_rollout.sandbox import cgroups
+from thunder_rollout.sandbox.disk_watch import DiskWatch
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ class DockerEngine:
         self.has_quota = True  # until the storage driver says that it can't limit a container's disk
         self.weight: dict[str, Any] = {}  # what containers are created with for their share of the CPU
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="docker")
+        self.disk = DiskWatch(self.written_bytes)
 
     def weigh(self, cpu_shares: int) -> None:
         """Give all containers together so many CPU shares where the engine's cgroups are ours to set, and each
@@ -93,6 +95,12 @@ class DockerEngine:
             if isinstance(error, APIError):
                 raise
             raise SandboxFailed(f"sandbox: the Docker engine at {self.address} doesn't answer: {error}") from error
+
+    async def written_bytes(self, containers: list[str]) -> dict[str, int]:
+        """The size of the writable layer of each that runs, and is not paused."""
+        filters = {"id": containers, "status": "running"}
+        found = await self.call(lambda: self.client.api.containers(filters=filters, size=True))
+        return {one["Id"]: int(one.get("SizeRw", 0)) for one in found}
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -39,12 +39,14 @@ DESTROY_TIMEOUT_S = 15.0
 _CLEAR_ATTEMPTS = 10
 
 # $1 = time to live in seconds; a line "kill" on stdin ends all other processes. bash blocks SIGCHLD
-# inside `read`, so the short timeout is what reaps orphans.
+# inside `read`, so the short timeout is what reaps orphans. Nobody reads what its stdout would bring, which every
+# process inside can write to.
 INIT_SCRIPT = """
 trap '' HUP INT QUIT TERM PIPE
+exec >/dev/null 2>&1
 while (( SECONDS < $1 )); do
     IFS= read -r -t 0.5 line || (( $? > 128 )) || exit 0
-    [[ $line == kill ]] && kill -9 -1 2>/dev/null
+    [[ $line == kill ]] && kill -9 -1
     line=
 done
 exit 0
@@ -118,7 +120,7 @@ class ShellSandbox(CommandRunner):
         self._started = True
         self._ends_s = time.monotonic() + self.spec.limits.ttl_s
         try:
-            async with self._in_time():
+            async with self._lock, self._in_time():
                 await self._boot()
                 await self._populate()
         except BaseException:
