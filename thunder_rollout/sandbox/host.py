@@ -23,7 +23,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from thunder_rollout.errors import SandboxFailed
+from thunder_rollout.errors import SandboxFailed, ThunderError
 from thunder_rollout.sandbox import cgroups
 from thunder_rollout.sandbox.config import BackendChoice, SandboxConfig, select_backend
 from thunder_rollout.sandbox.image_store import ImageStore
@@ -92,9 +92,7 @@ class SandboxHost:
         if self._make is None:
             self._choice = await asyncio.to_thread(select_backend, self._config)
             logger.info("sandbox backend=%s: %s", self._choice.backend, self._choice.reason)
-            num_swept = await asyncio.to_thread(sweep_leftovers, self._run, **self._engine())
-            if num_swept:
-                logger.info("run=%s: removed %d leftovers of hosts that died", self._run, num_swept)
+            await self._sweep_leftovers()
             self._reaper = await asyncio.to_thread(self._start_reaper)
             self._reaper_watch = asyncio.create_task(self._watch_reaper(), name="watch-reaper")
             self._make = await self._backend(images)
@@ -235,11 +233,9 @@ class SandboxHost:
         for watch in watches:
             watch.cancel()
         await asyncio.gather(*watches, return_exceptions=True)
-        if self._reaper is not None:
-            self._reaper.stop()
-            self._reaper = None
-            own = self._session
-            await asyncio.to_thread(sweep, self._run, is_ours=lambda session: session == own, **self._engine())
+        reaper, self._reaper = self._reaper, None
+        if reaper is not None and await self._sweep_own():
+            reaper.stop()
 
     def heartbeat(self) -> None:
         """To be called every few seconds on behalf of a driver on another node."""
@@ -307,6 +303,25 @@ class SandboxHost:
     def _engine(self) -> dict[str, Any]:
         return {"backend": self._choice.backend, "docker_host": self._config.docker_host}
 
+    async def _sweep_leftovers(self) -> None:
+        try:
+            num_swept = await asyncio.to_thread(sweep_leftovers, self._run, **self._engine())
+        except (SandboxFailed, OSError) as error:
+            logger.warning("run=%s: something that hosts left which died stays: %s", self._run, error)
+        else:
+            if num_swept:
+                logger.info("run=%s: removed %d leftovers of hosts that died", self._run, num_swept)
+
+    async def _sweep_own(self) -> bool:
+        """Whether nothing is left of this session; if not, the reaper goes on once this process has ended."""
+        own = self._session
+        try:
+            await asyncio.to_thread(sweep, self._run, is_ours=lambda session: session == own, **self._engine())
+        except (ThunderError, OSError) as error:
+            logger.warning("run=%s: some of its sandboxes are left to the reaper: %s", self._run, error)
+            return False
+        return True
+
     def _start_reaper(self) -> Reaper:
         return Reaper(
             run=self._run,
@@ -322,7 +337,10 @@ class SandboxHost:
             if not self._reaper.is_running():
                 logger.warning("run=%s: the reaper is gone; starting another", self._run)
                 self._reaper.stop()
-                self._reaper = await asyncio.to_thread(self._start_reaper)
+                try:
+                    self._reaper = await asyncio.to_thread(self._start_reaper)
+                except (SandboxFailed, OSError) as error:
+                    logger.warning("run=%s: no reaper can be started now: %s", self._run, error)
 
     async def _backend(self, images: Sequence[str]) -> MakeSandbox:
         start_timeout_s = self._config.start_timeout_s
