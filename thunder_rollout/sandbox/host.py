@@ -3,8 +3,8 @@
 Invariants: a program has at most one sandbox; starts are bounded by `max_starts`, in the order in
 which their programs need them; one that was prepared is handed over only if it lives; `release` takes
 a sandbox down whatever it was doing, and is idempotent; after `stop`, nothing of this session is
-left. The session (one life of one host) tells our sandboxes from those of hosts that have died,
-which `start` sweeps away, whatever run they were of. A reaper stands by for the case that this
+left. The session (one life of one host) tells our sandboxes from those of hosts of this machine that
+have died, which `start` sweeps away, whatever run they were of. A reaper stands by for the case that this
 process or the driver dies, and is replaced if it dies itself. What goes wrong with a sandbox is
 `SandboxFailed` to its program, whatever it was (no file descriptor or process to be had, an engine
 that refuses or is late), and nothing to anybody else.
@@ -84,8 +84,8 @@ class SandboxHost:
         self._stopped = False
 
     async def start(self, images: Sequence[str] = ()) -> BackendChoice:
-        """Choose the backend, build the toy image if it is one of `images`, remove what a dead life of
-        this run left. Other images are pulled when they are needed (see `ImageStore`).
+        """Choose the backend, build the toy image if it is one of `images`, remove what dead hosts of this
+        machine left. Other images are pulled when they are needed (see `ImageStore`).
 
         Raises `ConfigError` if no backend can be had, `SandboxFailed` if the toy image can't.
         """
@@ -305,7 +305,7 @@ class SandboxHost:
 
     async def _sweep_leftovers(self) -> None:
         try:
-            num_swept = await asyncio.to_thread(sweep_leftovers, self._run, **self._engine())
+            num_swept = await asyncio.to_thread(sweep_leftovers, **self._engine())
         except (SandboxFailed, OSError) as error:
             logger.warning("run=%s: something that hosts left which died stays: %s", self._run, error)
         else:

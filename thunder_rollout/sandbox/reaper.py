@@ -48,16 +48,10 @@ def sweep(
     return sweep_local(run, is_ours)
 
 
-def sweep_leftovers(run: str, *, backend: str, docker_host: str | None) -> int:
-    """What a starting host removes: all of any run whose host has died, and of its own run whatever
-    isn't surely alive. As `sweep`."""
-    of_any = sweep(
-        None, backend=backend, docker_host=docker_host, is_ours=lambda session: life_of(session) is Life.OVER
-    )
-    of_run = sweep(
-        run, backend=backend, docker_host=docker_host, is_ours=lambda session: life_of(session) is not Life.GOING_ON
-    )
-    return of_any + of_run
+def sweep_leftovers(*, backend: str, docker_host: str | None) -> int:
+    """What a starting host removes: all whose host has surely died, of whatever run. Of another machine's hosts
+    nobody knows here, and they may share the engine. As `sweep`."""
+    return sweep(None, backend=backend, docker_host=docker_host, is_ours=lambda session: life_of(session) is Life.OVER)
 
 
 class Reaper:
