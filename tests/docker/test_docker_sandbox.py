@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import docker
 import pytest
@@ -148,6 +148,29 @@ async def test_one_that_starts_again_too_slowly_is_a_typed_error_and_the_next_tr
                 await box.exec("true", timeout_s=10)
         assert (await box.exec("cat a.py", timeout_s=10)).output == "x = 1\n"
         assert len(containers(client, RUN)) == 1
+
+
+async def test_an_engine_that_keeps_a_container_or_an_image_is_asked_again_and_the_room_is_taken_until_then(
+    engine: DockerEngine, client: docker.DockerClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ImageStore(FakeImageEngine([]), ImagesConfig(budget_bytes=100_000_000))
+    await store.start()
+    box = DockerSandbox(replace(SPEC, labels={"run": RUN}), engine, images=store)
+    await box.start()
+    for _ in range(2):
+        assert await box.rest(Rest.STOP) is Rest.STOP
+        await box.exec("true", timeout_s=10)
+    for removal in ("remove_container", "remove_image"):
+        with monkeypatch.context() as refusing:
+            refusing.setattr(engine.client.api, removal, Mock(side_effect=APIError("busy")))
+            with pytest.raises(SandboxFailed, match="busy"):
+                await box.stop()
+        assert kept_images(client, RUN)
+        assert store.stats().held_bytes > 0
+    assert containers(client, RUN) == []
+    await box.stop()
+    assert store.stats().held_bytes == 0
+    await store.stop()
 
 
 def test_the_engine_is_chosen_and_named() -> None:

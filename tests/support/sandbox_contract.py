@@ -197,6 +197,19 @@ async def test_stop_is_idempotent_and_final(make: MakeSandbox) -> None:
         await never_started.start()
 
 
+async def test_a_stop_that_came_to_nothing_is_a_typed_error_and_may_be_tried_again(
+    make: MakeSandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with started(make) as box:
+        with monkeypatch.context() as patched:
+            patched.setattr("thunder_rollout.sandbox.shell.DESTROY_TIMEOUT_S", 0.0)
+            with pytest.raises(SandboxFailed, match="stop it again"):
+                await box.stop()
+        with pytest.raises(SandboxFailed):
+            await box.exec("true", timeout_s=5)
+        await asyncio.gather(box.stop(), box.stop())
+
+
 async def test_stop_during_a_command_ends_it(make: MakeSandbox) -> None:
     async with started(make) as box:
         running = asyncio.create_task(box.exec("sleep 1000", timeout_s=100))

@@ -74,7 +74,7 @@ class DockerSandbox(ShellSandbox):
         self._stdin: AttachedStream | None = None
         self._under_way: tuple[Marked, float] | None = None  # the command, and when it began
         self._ended_at_bytes = 0  # what it had written when its processes were ended for that
-        self._kept_image = ""  # its files, once it was put away
+        self._kept_images: list[str] = []  # its files each time it was put away, one image on the other
         self._kept_bytes = 0  # of what it had written by then
         self._room_bytes = 0  # what that takes of the node's budget
 
@@ -112,7 +112,7 @@ class DockerSandbox(ShellSandbox):
     def _create_container(self, storage_opt: dict[str, str] | None) -> str:
         spec, limits = self.spec, self.spec.limits
         container = self._engine.client.containers.create(
-            self._kept_image or spec.image,
+            self._kept_images[-1] if self._kept_images else spec.image,
             entrypoint=["bash", "-c", INIT_SCRIPT, "thunder-sandbox"],
             command=[str(max(1, math.ceil(self._ends_s - time.monotonic())))],
             user="0:0",
@@ -221,7 +221,7 @@ class DockerSandbox(ShellSandbox):
             await self._require_alive()
             logger.warning("a sandbox can't be put away: %s", error.explanation)
             return False
-        self._kept_image = committed["Id"]  # it has the container's labels
+        self._kept_images.append(committed["Id"])  # it has the container's labels
         self._kept_bytes += written_bytes
         self._close_channel()
         await self._remove()
@@ -290,12 +290,11 @@ class DockerSandbox(ShellSandbox):
             raise SandboxFailed("sandbox: its container died (time to live over, out of memory, or killed)")
 
     async def _destroy(self) -> None:
-        try:
-            await self._remove()
-            if self._kept_image:
-                await self._engine.call(lambda: remove_image(self._engine, self._kept_image))
-        finally:
-            self._give_back(self._room_bytes)
+        await self._remove()
+        while self._kept_images:
+            await self._engine.call(lambda: remove_image(self._engine, self._kept_images[-1]))
+            self._kept_images.pop()
+        self._give_back(self._room_bytes)
 
     async def _remove(self) -> None:
         """The container, whatever state it is in. Idempotent."""

@@ -20,8 +20,8 @@ class FakeSandbox:
 
     `start_s` is how long `start` takes; `start_error` is what it raises. `kill` ends it as if
     under its program. While `trouble` is set, every call but `stop` raises it, as on a machine without file
-    descriptors. The diff is of text files under the workdir since `start`, whatever the
-    base commit.
+    descriptors; `stop_failures` is how many calls of `stop` fail from now on. The diff is of text files under
+    the workdir since `start`, whatever the base commit.
     """
 
     def __init__(
@@ -38,6 +38,7 @@ class FakeSandbox:
         self.running = False
         self.resting = Rest.KEEP
         self.trouble: Exception | None = None
+        self.stop_failures = 0
         self._first_files: dict[str, bytes] = {}
         self._script: Script = script if script is not None else {}
         self._start_s = start_s
@@ -111,6 +112,9 @@ class FakeSandbox:
 
     async def stop(self) -> None:
         self._stopped = True
+        if self.stop_failures:
+            self.stop_failures -= 1
+            raise SandboxFailed("sandbox: it was not removed; stop it again")
         self.running = False
 
     def kill(self) -> None:

@@ -2,12 +2,13 @@
 
 Invariants: a program has at most one sandbox; starts are bounded by `max_starts`, in the order in
 which their programs need them; one that was prepared is handed over only if it lives; `release` takes
-a sandbox down whatever it was doing, and is idempotent; after `stop`, nothing of this session is
-left. The session (one life of one host) tells our sandboxes from those of hosts of this machine that
-have died, which `start` sweeps away, whatever run they were of. A reaper stands by for the case that this
-process or the driver dies, and is replaced if it dies itself. What goes wrong with a sandbox is
-`SandboxFailed` to its program, whatever it was (no file descriptor or process to be had, an engine
-that refuses or is late), and nothing to anybody else.
+a sandbox down whatever it was doing, and is idempotent; one that would not go is tried again until it
+has gone, and keeps its image until then; after `stop`, nothing of this session is left. The session
+(one life of one host) tells our sandboxes from those of hosts of this machine that have died, which
+`start` sweeps away, whatever run they were of. A reaper stands by for the case that this process or the
+driver dies, and is replaced if it dies itself. What goes wrong with a sandbox is `SandboxFailed` to its
+program, whatever it was (no file descriptor or process to be had, an engine that refuses or is late),
+and nothing to anybody else.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from thunder_rollout.sandbox.start_gate import StartGate
 logger = logging.getLogger(__name__)
 
 LOST_AFTER_S = 10.0  # without a heartbeat, a driver on another node counts as dead
+STOP_AGAIN_S = 5.0  # after a stop that failed
 _WATCH_EVERY_S = 2.0
 
 MakeSandbox = Callable[[SandboxSpec], HostedSandbox]
@@ -78,6 +80,7 @@ class SandboxHost:
         self._rest_watch: asyncio.Task[None] | None = None
         self._slots: dict[str, _Slot] = {}
         self._stops: set[asyncio.Task[None]] = set()
+        self._later_stops: set[asyncio.Task[None]] = set()  # of what did not go at once
         self._num_started = 0
         self._num_failed = 0
         self._total_start_s = 0.0
@@ -186,16 +189,12 @@ class SandboxHost:
             await self._of(program).clear()
 
     async def release(self, program: str) -> None:
-        """Remove the program's sandbox, also while it starts. Idempotent, bounded in time."""
+        """Remove the program's sandbox, also while it starts. Idempotent, bounded in time; what does not go at once
+        is seen to later."""
         self._resting.forget(program)
         slot = self._slots.pop(program, None)
-        if slot is None:
-            return
-        stopping = asyncio.create_task(self._take_down(slot), name=f"stop-sandbox-{program}")
-        self._stops.add(stopping)
-        stopping.add_done_callback(self._stops.discard)
-        with _typed(program):
-            await asyncio.shield(stopping)
+        if slot is not None:
+            await asyncio.shield(self._retire(program, slot))
 
     @asynccontextmanager
     async def fresh(self, spec: SandboxSpec) -> AsyncIterator[Sandbox]:
@@ -227,6 +226,9 @@ class SandboxHost:
         self._stopped = True
         await asyncio.gather(*(self.release(program) for program in list(self._slots)))
         await asyncio.gather(*self._stops)
+        for task in self._later_stops:  # the sweep takes these
+            task.cancel()
+        await asyncio.gather(*self._later_stops, return_exceptions=True)
         if self._images is not None:
             await self._images.stop()
         watches = [watch for watch in (self._rest_watch, self._reaper_watch) if watch is not None]
@@ -267,31 +269,46 @@ class SandboxHost:
                     await slot.sandbox.start()
         except Exception:
             self._num_failed += 1
-            self._forget(program, slot)
+            if self._slots.get(program) is slot:  # so that the program's next attempt starts anew
+                del self._slots[program]
+            self._retire(program, slot)
             raise
         took_s = time.monotonic() - began_s
         self._num_started += 1
         self._total_start_s += took_s
         return took_s
 
-    def _forget(self, program: str, slot: _Slot) -> None:
-        """So that the program's next attempt starts anew."""
-        self._give_image_back(slot)
-        if self._slots.get(program) is slot:
-            del self._slots[program]
+    def _retire(self, program: str, slot: _Slot) -> asyncio.Task[None]:
+        """Take down a sandbox that is no program's any more; the first try."""
+        stopping = asyncio.create_task(self._take_down(program, slot), name=f"stop-sandbox-{program}")
+        self._stops.add(stopping)
+        stopping.add_done_callback(self._stops.discard)
+        return stopping
 
-    def _give_image_back(self, slot: _Slot) -> None:
-        if self._images is not None and slot.has_image:
-            self._images.release(slot.image)
-        slot.has_image = False
-
-    async def _take_down(self, slot: _Slot) -> None:
+    async def _take_down(self, program: str, slot: _Slot) -> None:
         slot.starting.cancel()
         await asyncio.wait([slot.starting])
+        if not await self._has_gone(program, slot):
+            later = asyncio.create_task(self._take_down_later(program, slot), name=f"stop-sandbox-again-{program}")
+            self._later_stops.add(later)
+            later.add_done_callback(self._later_stops.discard)
+
+    async def _take_down_later(self, program: str, slot: _Slot) -> None:
+        has_gone = False
+        while not has_gone:
+            await asyncio.sleep(STOP_AGAIN_S)
+            has_gone = await self._has_gone(program, slot)
+
+    async def _has_gone(self, program: str, slot: _Slot) -> bool:
         try:
-            await slot.sandbox.stop()
-        finally:
-            self._give_image_back(slot)
+            with _typed(program):
+                await slot.sandbox.stop()
+        except SandboxFailed as error:
+            logger.warning("program=%s: its sandbox stays, the next try in %.0f s: %s", program, STOP_AGAIN_S, error)
+            return False
+        if self._images is not None and slot.has_image:
+            self._images.release(slot.image)
+        return True
 
     def _of(self, program: str) -> Sandbox:
         slot = self._slots.get(program)

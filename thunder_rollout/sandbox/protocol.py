@@ -86,7 +86,8 @@ class Sandbox(Protocol):
         """End every process that commands left behind; files stay."""
 
     async def stop(self) -> None:
-        """Remove everything the sandbox owns. Idempotent, bounded in time, shielded."""
+        """Remove everything the sandbox owns. Idempotent, bounded in time, shielded. Raises `SandboxFailed` where
+        something is left; a further call tries again."""
 
 
 class HostedSandbox(Sandbox, Protocol):

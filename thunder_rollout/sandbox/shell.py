@@ -96,7 +96,8 @@ class ShellSandbox(CommandRunner):
 
     @abstractmethod
     async def _destroy(self) -> None:
-        """Remove everything the sandbox owns; also after a failed or half-done `_boot`, and while it rests."""
+        """Remove everything the sandbox owns; also after a failed or half-done `_boot`, while it rests, and after a
+        try that failed or was cancelled. Raises `SandboxFailed` or `OSError` where something is left."""
 
     @abstractmethod
     async def _freeze(self) -> bool:
@@ -124,7 +125,10 @@ class ShellSandbox(CommandRunner):
                 await self._boot()
                 await self._populate()
         except BaseException:
-            await self.stop()
+            try:
+                await self.stop()
+            except SandboxFailed as error:  # whoever hears of the start's failure may stop it again
+                logger.warning("sandbox: it did not start, and %s", error)
             raise
 
     @asynccontextmanager
@@ -285,9 +289,10 @@ class ShellSandbox(CommandRunner):
         if self._stopping is None:
             logger.info("sandbox: its time to live is over while it rests")
             self._stopping = asyncio.create_task(self._stop())
+            self._stopping.add_done_callback(_retrieve)
 
     async def stop(self) -> None:
-        if self._stopping is None:
+        if self._stopping is None or (self._stopping.done() and _has_failed(self._stopping)):
             self._stopping = asyncio.create_task(self._stop())
         await asyncio.shield(self._stopping)
 
@@ -299,10 +304,12 @@ class ShellSandbox(CommandRunner):
                 if self._changing is not None:
                     await asyncio.wait([self._changing])
                 await self._destroy()
-        except TimeoutError:
-            logger.error("sandbox: not removed within %.0f s; the reaper will", DESTROY_TIMEOUT_S)
-        if not self._lock.locked():  # else the command under way sees its end, and closes it
-            self._close_channel()
+        except OSError as error:
+            why = f"within {DESTROY_TIMEOUT_S:.0f} s" if isinstance(error, TimeoutError) else f"({error})"
+            raise SandboxFailed(f"sandbox: it was not removed {why}; stop it again") from error
+        finally:
+            if not self._lock.locked():  # else the command under way sees its end, and closes it
+                self._close_channel()
 
     def _require_running(self) -> None:
         if not self._started or self._stopping is not None:
@@ -343,6 +350,10 @@ class ShellSandbox(CommandRunner):
 def _retrieve(task: asyncio.Task[None]) -> None:
     if not task.cancelled():
         task.exception()  # of a change that nobody waits for any more; the next call finds out
+
+
+def _has_failed(task: asyncio.Task[None]) -> bool:
+    return task.cancelled() or task.exception() is not None
 
 
 class _ScriptFailed(SandboxFailed):

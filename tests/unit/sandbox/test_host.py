@@ -287,6 +287,39 @@ async def test_an_image_is_on_the_node_while_a_sandbox_uses_it_and_no_longer_tha
     await host.stop()
 
 
+async def test_a_sandbox_that_would_not_go_is_tried_again_and_keeps_its_image_until_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("thunder_rollout.sandbox.host.STOP_AGAIN_S", 0.02)
+    factory = Factory()
+    host = await host_with_images(factory, FakeImageEngine([TOY, OTHER]), budget_bytes=25)
+    await host.acquire("p", SPEC)
+    factory.made[0].stop_failures = 3
+    await host.release("p")
+    waiting = asyncio.create_task(host.acquire("q", OTHER_SPEC))
+    await asyncio.sleep(0.03)
+    assert factory.made[0].running and not waiting.done()
+    await waiting
+    assert not factory.made[0].running
+    await host.stop()
+
+
+async def test_a_start_that_failed_and_left_something_is_taken_down_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("thunder_rollout.sandbox.host.STOP_AGAIN_S", 0.01)
+    factory = Factory(start_s=0.01, errors=1)
+    host = await host_of(factory)
+    starting = asyncio.create_task(host.acquire("p", SPEC))
+    await asyncio.sleep(0.005)
+    factory.made[0].stop_failures = 1
+    with pytest.raises(SandboxFailed, match="no luck"):
+        await starting
+    await asyncio.sleep(0.05)
+    assert factory.made[0].stop_failures == 0
+    await host.acquire("p", SPEC)
+    factory.made[1].stop_failures = 100
+    await host.stop()
+
+
 async def test_the_image_of_a_sandbox_that_was_put_away_stays() -> None:
     engine = FakeImageEngine([TOY, OTHER])
     host = await host_with_images(Factory(), engine, budget_bytes=25, when_paused="stop")
