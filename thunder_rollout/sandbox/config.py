@@ -60,7 +60,7 @@ class SandboxConfig:
         _require(self.max_starts >= 1, "max_starts", self.max_starts, ">= 1")
         _require(self.start_timeout_s > 0, "start_timeout_s", self.start_timeout_s, "> 0")
         _require(limits.memory_bytes >= 64 * 2**20, "limits.memory_bytes", limits.memory_bytes, ">= 67108864 (64 MiB)")
-        _require(limits.cpus > 0, "limits.cpus", limits.cpus, "> 0")
+        _require(limits.cpus >= 0.01, "limits.cpus", limits.cpus, ">= 0.01")
         _require(limits.pids >= 16, "limits.pids", limits.pids, ">= 16")
         _require(limits.disk_bytes >= 2**20, "limits.disk_bytes", limits.disk_bytes, ">= 1048576 (1 MiB)")
         _require(limits.output_bytes >= 64, "limits.output_bytes", limits.output_bytes, ">= 64")

@@ -1,6 +1,6 @@
 """Sandboxes as Docker containers, through the docker SDK.
 
-What bounds one: memory (swap included), CPUs and processes by the engine's cgroups; no network
+What bounds one: memory (swap included), CPUs (at most the engine's) and processes by its cgroups; no network
 but loopback; few capabilities and no way to gain any. `disk_bytes` binds the writable layer where
 the storage driver has quotas (overlay2 on xfs with pquota, btrfs, zfs). Elsewhere it binds the size
 of one file, and when a container is found to have written more than that in all, its processes are killed,
@@ -110,7 +110,7 @@ class DockerSandbox(ShellSandbox):
         return self._create_container(None)
 
     def _create_container(self, storage_opt: dict[str, str] | None) -> str:
-        spec, limits = self.spec, self.spec.limits
+        spec, limits = self.spec, self.spec.limits.on_node(self._engine.num_cpus)
         container = self._engine.client.containers.create(
             self._kept_images[-1] if self._kept_images else spec.image,
             entrypoint=["bash", "-c", INIT_SCRIPT, "thunder-sandbox"],

@@ -14,7 +14,7 @@ import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import docker
@@ -77,6 +77,11 @@ class DockerEngine:
         self.weight: dict[str, Any] = {}  # what containers are created with for their share of the CPU
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="docker")
         self.disk = DiskWatch(self.written_bytes)
+
+    @cached_property
+    def num_cpus(self) -> int:
+        """A container that is to have more is refused. Blocking, the first time."""
+        return int(self.client.info()["NCPU"])
 
     def weigh(self, cpu_shares: int) -> None:
         """Give all containers together so many CPU shares where the engine's cgroups are ours to set, and each

@@ -90,8 +90,17 @@ class SandboxHost:
         """Choose the backend, build the toy image if it is one of `images`, remove what dead hosts of this
         machine left. Other images are pulled when they are needed (see `ImageStore`).
 
-        Raises `ConfigError` if no backend can be had, `SandboxFailed` if the toy image can't.
+        Raises `ConfigError` if no backend can be had, `SandboxFailed` if the toy image can't, or the node or its
+        engine is in trouble.
         """
+        try:
+            await self._set_up(images)
+        except OSError as error:
+            raise SandboxFailed(f"sandbox: the host of run={self._run} can't start: {error}") from error
+        self._rest_watch = asyncio.create_task(self._resting.run(), name="watch-pressure")
+        return self._choice
+
+    async def _set_up(self, images: Sequence[str]) -> None:
         if self._make is None:
             self._choice = await asyncio.to_thread(select_backend, self._config)
             logger.info("sandbox backend=%s: %s", self._choice.backend, self._choice.reason)
@@ -99,8 +108,6 @@ class SandboxHost:
             self._reaper = await asyncio.to_thread(self._start_reaper)
             self._reaper_watch = asyncio.create_task(self._watch_reaper(), name="watch-reaper")
             self._make = await self._backend(images)
-        self._rest_watch = asyncio.create_task(self._resting.run(), name="watch-pressure")
-        return self._choice
 
     def expect(self, images: Iterable[str]) -> None:
         """The images of the samples to come, in their order: what to pull ahead and whom to evict."""
@@ -373,6 +380,12 @@ class SandboxHost:
 
         engine = DockerEngine(self._config.docker_host)
         await asyncio.to_thread(engine.weigh, self._config.cpu_shares)
+        num_cpus = await asyncio.to_thread(lambda: engine.num_cpus)
+        if (cpus := self._config.limits.cpus) > num_cpus:
+            logger.warning(
+                "sandbox.limits.cpus=%g: the engine at %s has %d, and its sandboxes get as many",
+                cpus, engine.address, num_cpus,
+            )  # fmt: skip
         image_engine = await asyncio.to_thread(DockerImageEngine, engine, self._config.images.docker_config)
         store = self._images = ImageStore(image_engine, self._config.images)
         await store.start()

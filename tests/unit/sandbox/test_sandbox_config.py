@@ -22,7 +22,7 @@ NOBODY = "unix:///no/such/docker.sock"
         ("max_starts", {"max_starts": 0}),
         ("start_timeout_s", {"start_timeout_s": -1.0}),
         ("limits.memory_bytes", {"limits": SandboxLimits(memory_bytes=1)}),
-        ("limits.cpus", {"limits": SandboxLimits(cpus=0)}),
+        ("limits.cpus", {"limits": SandboxLimits(cpus=0.001)}),
         ("limits.pids", {"limits": SandboxLimits(pids=1)}),
         ("limits.disk_bytes", {"limits": SandboxLimits(disk_bytes=1)}),
         ("limits.output_bytes", {"limits": SandboxLimits(output_bytes=1)}),
