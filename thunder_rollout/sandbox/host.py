@@ -1,7 +1,8 @@
 """One node's sandboxes: started ahead of need, handed to their programs, reclaimed at once.
 
-Invariants: a program has at most one sandbox; starts are bounded by `max_starts`, in the order in
-which their programs need them; one that was prepared is handed over only if it lives; `release` takes
+Invariants: a program has at most one sandbox; starts are bounded by `max_starts` and sandboxes by
+`max_sandboxes`, in the order in which their programs need them, and no program stands waiting for room
+that one prepared for another takes; one that was prepared is handed over only if it lives; `release` takes
 a sandbox down whatever it was doing, and is idempotent; one that would not go is tried again until it
 has gone, and keeps its image until then; after `stop`, nothing of this session is left. The session
 (one life of one host) tells our sandboxes from those of hosts of this machine that have died, which
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 LOST_AFTER_S = 10.0  # without a heartbeat, a driver on another node counts as dead
 STOP_AGAIN_S = 5.0  # after a stop that failed
 _WATCH_EVERY_S = 2.0
+_FIRST = 0.0  # due before everything that is due at some time
 
 MakeSandbox = Callable[[SandboxSpec], HostedSandbox]
 
@@ -49,7 +51,10 @@ class _Slot:
     sandbox: HostedSandbox
     image: str
     due_s: float  # when its program is expected to need it
+    has_place: bool = False  # among `max_sandboxes`, to be left
     has_image: bool = False  # a lease of it, to be given back
+    is_up: bool = False
+    is_wanted: bool = False  # its program stands waiting for it, or has it
     is_taken: bool = False
     starting: asyncio.Task[float] = field(init=False)
 
@@ -76,9 +81,11 @@ class SandboxHost:
         self._reaper: Reaper | None = None
         self._reaper_watch: asyncio.Task[None] | None = None
         self._starts = StartGate(config.max_starts)
+        self._places = StartGate(config.max_sandboxes)
         self._resting = RestingSandboxes(config.when_paused)
         self._rest_watch: asyncio.Task[None] | None = None
         self._slots: dict[str, _Slot] = {}
+        self._leaving: set[_Slot] = set()  # those being stopped, whose places are free soon
         self._stops: set[asyncio.Task[None]] = set()
         self._later_stops: set[asyncio.Task[None]] = set()  # of what did not go at once
         self._num_started = 0
@@ -128,12 +135,9 @@ class SandboxHost:
         `within_s` from now it is needed: where starts queue, the most urgent goes first. Raises
         `SandboxFailed`. Cancelling the call leaves the sandbox to the program.
         """
-        due_s = time.monotonic() + within_s
-        slot = self._slots.get(program)
-        if slot is None:
-            slot = self._slots[program] = self._new_slot(program, spec, due_s)
-        slot.due_s = min(slot.due_s, due_s)
-        self._starts.hasten(slot, slot.due_s)
+        return await self._ready(program, self._slot(program, spec, time.monotonic() + within_s))
+
+    async def _ready(self, program: str, slot: _Slot) -> float:
         await asyncio.wait([slot.starting])
         if slot.starting.cancelled():
             raise SandboxFailed(f"sandbox: program={program} was released while its sandbox started")
@@ -145,13 +149,13 @@ class SandboxHost:
     async def acquire(self, program: str, spec: SandboxSpec) -> float:
         """Wait for the program's sandbox, starting it if nobody prepared it or the one prepared has died; as
         `prepare`."""
-        took_s = await self.prepare(program, spec)
+        took_s = await self._wanted(program, spec)
         slot = self._slots.get(program)
         if slot is not None and not slot.is_taken and not await self._is_alive(program, slot):
             logger.warning("program=%s: the sandbox prepared for it has died; starting another", program)
             if self._slots.get(program) is slot:
                 await self.release(program)
-            took_s = await self.prepare(program, spec)
+            took_s = await self._wanted(program, spec)
             slot = self._slots.get(program)
         if slot is not None:
             slot.is_taken = True
@@ -208,7 +212,7 @@ class SandboxHost:
         """A started sandbox of nobody's, for grading; removed at the end of the block."""
         program = f"fresh-{uuid.uuid4().hex}"
         try:
-            await self.prepare(program, spec)
+            await self.acquire(program, spec)
             yield self._of(program)
         finally:
             await self.release(program)
@@ -222,6 +226,7 @@ class SandboxHost:
             num_failed=self._num_failed,
             mean_start_s=self._total_start_s / max(1, self._num_started),
             max_starts=self._config.max_starts,
+            max_sandboxes=self._config.max_sandboxes,
             num_cpus=os.cpu_count() or 1,
             images=tuple(self._images.present()) if self._images else (),
             mean_pull_s=self._images.stats().mean_pull_s if self._images else 0.0,  # nothing to pull
@@ -251,6 +256,43 @@ class SandboxHost:
         if self._reaper is not None:
             self._reaper.beat()
 
+    def _slot(self, program: str, spec: SandboxSpec, due_s: float) -> _Slot:
+        """The program's, made now if it has none; due then, if not sooner."""
+        slot = self._slots.get(program)
+        if slot is None:
+            slot = self._slots[program] = self._new_slot(program, spec, due_s)
+        slot.due_s = min(slot.due_s, due_s)
+        self._starts.hasten(slot, slot.due_s)
+        self._places.hasten(slot, slot.due_s)
+        return slot
+
+    async def _wanted(self, program: str, spec: SandboxSpec) -> float:
+        slot = self._slot(program, spec, time.monotonic())
+        slot.is_wanted = True
+        self._places.hasten(slot, _FIRST)
+        self._make_places()
+        return await self._ready(program, slot)
+
+    def _make_places(self) -> None:
+        """For programs that stand waiting, as many prepared sandboxes go, those needed last first, as there are no
+        places free or being left. Their programs start others, and nothing is lost."""
+        num_waiting = sum(slot.is_wanted and not slot.has_place for slot in self._slots.values())
+        num_short = num_waiting - self._places.num_free - len(self._leaving)
+        idle = [(slot.due_s, name) for name, slot in self._slots.items() if slot.is_up and not slot.is_wanted]
+        for _, program in sorted(idle, reverse=True)[: max(0, num_short)]:
+            self._retire(program, self._slots.pop(program))
+
+    async def _take_place(self, slot: _Slot) -> None:
+        """Raises `SandboxFailed` after a time in which every sandbox there is has ended."""
+        try:
+            async with asyncio.timeout(self._config.limits.ttl_s):
+                await self._places.enter(slot, _FIRST if slot.is_wanted else slot.due_s)
+        except TimeoutError as error:
+            raise SandboxFailed(
+                f"sandbox: none of the {self._config.max_sandboxes} on its node ended; raise sandbox.max_sandboxes"
+            ) from error
+        slot.has_place = True
+
     def _new_slot(self, program: str, spec: SandboxSpec, due_s: float) -> _Slot:
         if self._make is None or self._stopped:
             raise SandboxFailed(f"sandbox: the host of run={self._run} is not running")
@@ -268,6 +310,7 @@ class SandboxHost:
     async def _start(self, program: str, slot: _Slot) -> float:
         try:
             with _typed(program):
+                await self._take_place(slot)
                 if self._images is not None:
                     await self._images.acquire(slot.image)
                     slot.has_image = True
@@ -283,6 +326,8 @@ class SandboxHost:
         took_s = time.monotonic() - began_s
         self._num_started += 1
         self._total_start_s += took_s
+        slot.is_up = True
+        self._make_places()
         return took_s
 
     def _retire(self, program: str, slot: _Slot) -> asyncio.Task[None]:
@@ -290,12 +335,17 @@ class SandboxHost:
         stopping = asyncio.create_task(self._take_down(program, slot), name=f"stop-sandbox-{program}")
         self._stops.add(stopping)
         stopping.add_done_callback(self._stops.discard)
+        if slot.has_place:
+            self._leaving.add(slot)
         return stopping
 
     async def _take_down(self, program: str, slot: _Slot) -> None:
         slot.starting.cancel()
         await asyncio.wait([slot.starting])
-        if not await self._has_gone(program, slot):
+        has_gone = await self._has_gone(program, slot)
+        self._leaving.discard(slot)
+        if not has_gone:
+            self._make_places()
             later = asyncio.create_task(self._take_down_later(program, slot), name=f"stop-sandbox-again-{program}")
             self._later_stops.add(later)
             later.add_done_callback(self._later_stops.discard)
@@ -315,6 +365,8 @@ class SandboxHost:
             return False
         if self._images is not None and slot.has_image:
             self._images.release(slot.image)
+        if slot.has_place:
+            self._places.leave()
         return True
 
     def _of(self, program: str) -> Sandbox:

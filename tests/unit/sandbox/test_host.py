@@ -17,7 +17,7 @@ from thunder_rollout.sandbox.fake_images import FakeImageEngine
 from thunder_rollout.sandbox.host import SandboxHost
 from thunder_rollout.sandbox.image_cache import Image, Layer
 from thunder_rollout.sandbox.image_store import ImageStore
-from thunder_rollout.sandbox.protocol import ExecResult, Rest, SandboxSpec
+from thunder_rollout.sandbox.protocol import ExecResult, Rest, SandboxLimits, SandboxSpec
 from thunder_rollout.sandbox.resting import RestingSandboxes
 
 SPEC = SandboxSpec(image="toy", files={"/testbed/a": b"1\n"}, labels={"task": "t"})
@@ -317,6 +317,73 @@ async def test_a_start_that_failed_and_left_something_is_taken_down_too(monkeypa
     assert factory.made[0].stop_failures == 0
     await host.acquire("p", SPEC)
     factory.made[1].stop_failures = 100
+    await host.stop()
+
+
+async def test_a_program_waits_on_a_full_node_until_another_ends() -> None:
+    factory = Factory()
+    host = await host_of(factory, max_sandboxes=2)
+    await asyncio.gather(host.acquire("p", SPEC), host.acquire("q", SPEC))
+    waiting = [asyncio.create_task(host.acquire(name, SPEC)) for name in ("r", "s")]
+    await asyncio.sleep(0.02)
+    assert not any(task.done() for task in waiting)
+    assert factory.num_running() == 2
+    await host.release("p")
+    await waiting[0]
+    waiting[1].cancel()
+    await host.release("s")
+    await host.release("r")
+    async with host.fresh(SPEC):
+        assert factory.num_running() == 2
+    assert host.stats().max_sandboxes == 2
+    await host.stop()
+
+
+@pytest.mark.parametrize("start_s", [0.0, 0.02])
+async def test_a_prepared_sandbox_gives_way_on_a_full_node_to_a_program_that_stands_waiting(start_s: float) -> None:
+    factory = Factory(start_s=start_s)
+    host = await host_of(factory, max_sandboxes=2)
+    preparing = [
+        asyncio.create_task(host.prepare(name, SPEC, within_s=within_s)) for name, within_s in [("p", 9), ("q", 5)]
+    ]
+    await asyncio.sleep(0.01)
+    later = asyncio.create_task(host.prepare("later", SPEC, within_s=1))
+    await asyncio.sleep(0)
+    await asyncio.wait_for(host.acquire("r", SPEC), 1)
+    if not start_s:
+        assert factory.num_running() == 2, "no more give way than have to"
+    await asyncio.wait_for(host.acquire("s", SPEC), 1)
+    await asyncio.gather(*preparing)
+    assert not later.done(), "those in need go first"
+    assert {fake.spec.labels["program"] for fake in factory.made if fake.running} == {"r", "s"}
+    await host.release("r")
+    await later
+    waiting = asyncio.create_task(host.acquire("q", SPEC))
+    await asyncio.wait_for(waiting, 1)
+    assert {fake.spec.labels["program"] for fake in factory.made if fake.running} == {"q", "s"}
+    await host.stop()
+
+
+async def test_a_node_on_which_nothing_ends_is_a_typed_failure() -> None:
+    factory = Factory()
+    host = await host_of(factory, max_sandboxes=1, limits=SandboxLimits(ttl_s=0.02))
+    await host.acquire("p", SPEC)
+    with pytest.raises(SandboxFailed, match=r"raise sandbox\.max_sandboxes"):
+        await host.acquire("q", SPEC)
+    await host.release("p")
+    await host.acquire("q", SPEC)
+    await host.stop()
+
+
+async def test_a_sandbox_that_would_not_go_keeps_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("thunder_rollout.sandbox.host.STOP_AGAIN_S", 0.02)
+    factory = Factory()
+    host = await host_of(factory, max_sandboxes=1)
+    await host.acquire("p", SPEC)
+    factory.made[0].stop_failures = 1
+    await host.release("p")
+    await host.acquire("q", SPEC)
+    assert [fake.running for fake in factory.made] == [False, True]
     await host.stop()
 
 

@@ -20,6 +20,7 @@ NOBODY = "unix:///no/such/docker.sock"
         ("cpu_shares", {"cpu_shares": 1}),
         ("when_paused", {"when_paused": "kill"}),
         ("max_starts", {"max_starts": 0}),
+        ("max_sandboxes", {"max_sandboxes": 0}),
         ("start_timeout_s", {"start_timeout_s": -1.0}),
         ("limits.memory_bytes", {"limits": SandboxLimits(memory_bytes=1)}),
         ("limits.cpus", {"limits": SandboxLimits(cpus=0.001)}),
