@@ -205,7 +205,7 @@ async def test_a_daemon_left_behind_does_not_fill_the_disk_while_no_command_runs
     async with started(make) as box:
         fill = "for ((i = 0; ; i++)); do head -c 2000000 /dev/zero > f$i; sleep 0.1; done"
         await box.exec(f"({fill}) >/dev/null 2>&1 &", timeout_s=10)
-        await asyncio.sleep(5)
+        await asyncio.sleep(7)
         before = (await box.exec("du -s .", timeout_s=10)).output
         await asyncio.sleep(0.5)
         assert (await box.exec("du -s .", timeout_s=10)).output == before

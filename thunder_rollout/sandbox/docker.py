@@ -89,7 +89,7 @@ class DockerSandbox(ShellSandbox):
             self._stdin = AttachedStream(holder)
             await self._engine.call(lambda: api.start(self._container))
             if not self._engine.has_quota:
-                self._engine.disk.add(self._container, self._see_written)
+                self._engine.disk.add(self._container, self._see_written, is_busy=lambda: self._under_way is not None)
         except ImageNotFound as error:
             raise SandboxFailed(
                 f"sandbox: the Docker engine has no image {self.spec.image!r}; pull or build it first, or correct the "

@@ -49,8 +49,8 @@ def watch(engine: FakeEngine) -> DiskWatch:
 
 async def test_one_look_is_at_all_and_each_hears_of_its_own(engine: FakeEngine, watch: DiskWatch) -> None:
     first, second = Seen(), Seen()
-    watch.add("a", first)
-    watch.add("b", second)
+    watch.add("a", first, is_busy=lambda: True)
+    watch.add("b", second, is_busy=lambda: True)
     engine.written = {"a": 1, "b": 2}
     await asyncio.sleep(0.05)
     assert engine.looks[0] == ["a", "b"]
@@ -63,7 +63,7 @@ async def test_one_look_is_at_all_and_each_hears_of_its_own(engine: FakeEngine, 
     num_looks = len(engine.looks)
     await asyncio.sleep(0.02)
     assert len(engine.looks) == num_looks, "nobody is there to look at"
-    watch.add("c", first)
+    watch.add("c", first, is_busy=lambda: True)
     await asyncio.sleep(0.02)
     assert engine.looks[-1] == ["c"]
     watch.drop("c")
@@ -77,7 +77,7 @@ async def test_it_goes_on_after_a_look_or_a_sandbox_that_failed(
     seen.failure = failure
     engine.failures = [failure, failure]
     engine.written = {"a": 1}
-    watch.add("a", seen)
+    watch.add("a", seen, is_busy=lambda: True)
     await asyncio.sleep(0.1)
     assert engine.failures == []
     assert len(seen.heard) > 1
@@ -90,17 +90,32 @@ async def test_who_is_at_work_is_not_told_again_and_is_let_go_with_its_container
     slow, other = Seen(), Seen()
     slow.busy.clear()
     engine.written = {"a": 1, "b": 2}
-    watch.add("a", slow)
-    watch.add("b", other)
+    watch.add("a", slow, is_busy=lambda: True)
+    watch.add("b", other, is_busy=lambda: True)
     await asyncio.sleep(0.05)
     assert slow.heard == [1] and len(other.heard) > 1
     watch.drop("a")
     watch.drop("b")
 
 
+async def test_where_no_command_is_under_way_a_look_is_rarer(engine: FakeEngine, watch: DiskWatch) -> None:
+    busy: set[str] = set()
+    for name in ("a", "b"):
+        watch.add(name, Seen(), is_busy=lambda name=name: name in busy)
+    await asyncio.sleep(0.1)
+    assert engine.looks and all(look == ["a", "b"] for look in engine.looks)
+    num_rare = len(engine.looks)
+    engine.looks.clear()
+    busy.add("b")
+    await asyncio.sleep(0.1)
+    assert engine.looks.count(["b"]) > num_rare / 2 and ["a", "b"] in engine.looks
+    watch.drop("a")
+    watch.drop("b")
+
+
 async def test_a_bug_in_a_look_is_told_to_whoever_comes_next(engine: FakeEngine, watch: DiskWatch) -> None:
     engine.failures = [ZeroDivisionError("a bug")]
-    watch.add("a", Seen())
+    watch.add("a", Seen(), is_busy=lambda: True)
     await asyncio.sleep(0.02)
     with pytest.raises(ZeroDivisionError):
-        watch.add("b", Seen())
+        watch.add("b", Seen(), is_busy=lambda: True)
