@@ -10,11 +10,12 @@ import sys
 import time
 
 import docker
+import pytest
 
 from thunder_rollout.sandbox.config import SandboxConfig
 from thunder_rollout.sandbox.host import SandboxHost
 from thunder_rollout.sandbox.images import TOY_IMAGE
-from thunder_rollout.sandbox.protocol import SandboxSpec
+from thunder_rollout.sandbox.protocol import SandboxLimits, SandboxSpec
 
 SPEC = SandboxSpec(image=TOY_IMAGE, setup="mkdir -p /testbed")
 
@@ -61,6 +62,16 @@ async def test_a_run_uses_docker_and_leaves_nothing() -> None:
     finally:
         await host.stop()
     assert await asyncio.to_thread(containers, run) == []
+
+
+async def test_a_limit_above_the_engines_cpus_is_told_by_its_name(caplog: pytest.LogCaptureFixture) -> None:
+    config = SandboxConfig(limits=SandboxLimits(cpus=1000.0))
+    host = SandboxHost(config, run=f"test-cpus-{os.getpid()}")
+    try:
+        await host.start([TOY_IMAGE])
+        assert "sandbox.limits.cpus=1000" in caplog.text
+    finally:
+        await host.stop()
 
 
 def test_kill_9_in_the_middle_of_starts_leaves_no_container() -> None:

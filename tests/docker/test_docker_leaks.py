@@ -23,7 +23,7 @@ RUN = f"test-leaks-{os.getpid()}"
 def labelled(client: docker.DockerClient) -> list[str]:
     filters = {"label": f"thunder.run={RUN}"}
     api = client.api
-    found = [one["Id"] for one in api.containers(all=True, filters=filters)]
+    found = [one["Id"] for one in [*api.containers(all=True, filters=filters), *api.images(filters=filters)]]
     found += [one["Name"] for one in api.volumes(filters=filters)["Volumes"] or []]
     return found + [one["Id"] for one in api.networks(filters=filters)]
 
@@ -34,6 +34,7 @@ def counts(client: docker.DockerClient) -> dict[str, int]:
         "containers": len(api.containers(all=True)),
         "volumes": len(api.volumes()["Volumes"] or []),
         "networks": len(api.networks()),
+        "images": len(api.images(all=True)),
     }
 
 

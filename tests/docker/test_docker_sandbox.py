@@ -9,10 +9,12 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from unittest.mock import patch
+from typing import Any
+from unittest.mock import Mock, patch
 
 import docker
 import pytest
+from docker.errors import APIError
 
 from tests.support.resting_contract import *  # noqa: F403
 from tests.support.sandbox_contract import *  # noqa: F403
@@ -61,6 +63,7 @@ async def test_labels_and_limits_are_the_engines(make: MakeSandbox, client: dock
         assert host["Memory"] == host["MemorySwap"] == LIMITS.memory_bytes
         assert (host["PidsLimit"], host["NanoCpus"]) == (LIMITS.pids, int(LIMITS.cpus * 1e9))
         assert host["AutoRemove"]
+        assert host["LogConfig"]["Type"] == "none", "what PID 1's stdout brings would fill the engine's disk"
 
 
 async def test_an_image_that_is_not_there_names_the_remedy(make: MakeSandbox) -> None:
@@ -112,6 +115,60 @@ async def test_one_whose_files_find_no_room_in_the_budget_is_frozen_instead(engi
         assert await box.rest(Rest.STOP) is Rest.STOP
         assert store.stats().held_bytes > held_bytes
         assert (await box.exec("wc -c < one", timeout_s=10)).output == "200000\n"
+    assert store.stats().held_bytes == 0
+    await store.stop()
+
+
+async def test_the_disk_is_watched_on_though_the_engine_refuses_a_look(
+    make: MakeSandbox, engine: DockerEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusals = [APIError("busy"), SandboxFailed("the engine does not answer")]
+    listed = engine.client.api.containers
+
+    def refusing(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("size") and refusals:
+            raise refusals.pop()
+        return listed(*args, **kwargs)
+
+    monkeypatch.setattr(engine.client.api, "containers", refusing)
+    async with started(make) as box:
+        fill = "for i in {1..400}; do head -c 2000000 /dev/zero > f$i; sleep 0.05; done"
+        result = await box.exec(fill, timeout_s=60)
+        assert "disk is full" in result.output and not result.timed_out
+    assert refusals == []
+
+
+async def test_one_that_starts_again_too_slowly_is_a_typed_error_and_the_next_try_leaves_one_container(
+    make: MakeSandbox, client: docker.DockerClient
+) -> None:
+    async with started(make) as box:
+        await box.rest(Rest.STOP)
+        for limit_s in (0.001, 0.1):
+            with patch.object(box, "_start_timeout_s", limit_s), pytest.raises(SandboxFailed, match="not ready after"):
+                await box.exec("true", timeout_s=10)
+        assert (await box.exec("cat a.py", timeout_s=10)).output == "x = 1\n"
+        assert len(containers(client, RUN)) == 1
+
+
+async def test_an_engine_that_keeps_a_container_or_an_image_is_asked_again_and_the_room_is_taken_until_then(
+    engine: DockerEngine, client: docker.DockerClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ImageStore(FakeImageEngine([]), ImagesConfig(budget_bytes=100_000_000))
+    await store.start()
+    box = DockerSandbox(replace(SPEC, labels={"run": RUN}), engine, images=store)
+    await box.start()
+    for _ in range(2):
+        assert await box.rest(Rest.STOP) is Rest.STOP
+        await box.exec("true", timeout_s=10)
+    for removal in ("remove_container", "remove_image"):
+        with monkeypatch.context() as refusing:
+            refusing.setattr(engine.client.api, removal, Mock(side_effect=APIError("busy")))
+            with pytest.raises(SandboxFailed, match="busy"):
+                await box.stop()
+        assert kept_images(client, RUN)
+        assert store.stats().held_bytes > 0
+    assert containers(client, RUN) == []
+    await box.stop()
     assert store.stats().held_bytes == 0
     await store.stop()
 

@@ -201,6 +201,22 @@ async def test_a_disk_full_of_small_files_is_an_observation(make: MakeSandbox) -
         assert (await box.exec("echo on", timeout_s=10)).output == "on\n"
 
 
+async def test_a_daemon_left_behind_does_not_fill_the_disk_while_no_command_runs(make: MakeSandbox) -> None:
+    async with started(make) as box:
+        fill = "for ((i = 0; ; i++)); do head -c 2000000 /dev/zero > f$i; sleep 0.1; done"
+        await box.exec(f"({fill}) >/dev/null 2>&1 &", timeout_s=10)
+        await asyncio.sleep(7)
+        before = (await box.exec("du -s .", timeout_s=10)).output
+        await asyncio.sleep(0.5)
+        assert (await box.exec("du -s .", timeout_s=10)).output == before
+        assert (await box.exec("rm f*; echo on", timeout_s=10)).output == "on\n"
+
+
+async def test_what_is_written_to_the_stdout_of_pid_1_goes_nowhere(make: MakeSandbox) -> None:
+    async with started(make) as box:
+        assert (await box.exec("readlink /proc/1/fd/1 /proc/1/fd/2", timeout_s=10)).output == "/dev/null\n" * 2
+
+
 async def test_there_is_no_network_but_loopback(make: MakeSandbox) -> None:
     async with started(make) as box:
         reach = "python3 -c \"import socket; socket.create_connection(('192.0.2.1', 53), 3)\""

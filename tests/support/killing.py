@@ -1,4 +1,4 @@
-"""`kill -9` of a driver, of a sandbox host, or of both, with sandboxes up and others starting.
+"""`kill -9` of a driver, of a sandbox host, or of both, with sandboxes up, one put away and others starting.
 
 `THUNDER_NUM_SANDBOXES=50` makes it as many; a few by default.
 """
@@ -24,11 +24,13 @@ from thunder_rollout.sandbox.host import SandboxHost
 from thunder_rollout.sandbox.protocol import SandboxLimits, SandboxSpec
 
 async def main(backend, run, driver_pid, num_sandboxes):
-    host = SandboxHost(SandboxConfig(backend=backend), run=run, owner_pid=int(driver_pid))
+    host = SandboxHost(SandboxConfig(backend=backend, when_paused="stop"), run=run, owner_pid=int(driver_pid))
     await host.start(["thunder-toy:1"] if backend == "docker" else [])
     spec = SandboxSpec(image="thunder-toy:1", setup="mkdir -p /testbed", limits=SandboxLimits(memory_bytes=2**27))
     up = [f"up{i}" for i in range(int(num_sandboxes))]
     await asyncio.gather(*(host.acquire(program, spec) for program in up))
+    await host.acquire("away", spec)
+    assert await host.rest("away")
     command = "trap '' TERM HUP; (setsid sleep 4242 &); sleep 4242"
     busy = [asyncio.create_task(host.exec(program, command, timeout_s=1000)) for program in up]
     starting = [asyncio.create_task(host.acquire(f"starting{i}", spec)) for i in range(4)]
@@ -71,9 +73,10 @@ def seconds_until_none(leftovers: Callable[[], list[str]]) -> float:
     return last_seen_s - began_s
 
 
-def local_leftovers(run: str) -> list[str]:
-    """Processes that bear the run's marker, and cgroups of its sandboxes."""
-    found = [str(path) for path in Path("/sys/fs/cgroup").glob(f"*/thunder/{run}/*/")]
+def local_leftovers(run: str, cgroup_root: Path = Path("/sys/fs/cgroup")) -> list[str]:
+    """Processes that bear the run's marker, and cgroups of its sandboxes, of v1 (one a controller) and v2."""
+    tops = [*cgroup_root.glob(f"*/thunder/{run}/"), cgroup_root / "thunder" / run]
+    found = [str(path) for top in tops for path in top.glob("*/")]
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
             if entry.name.isdigit() and f"thunder-sandbox:{run}:" in (entry / "cmdline").read_text():

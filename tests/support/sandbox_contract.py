@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -71,6 +72,11 @@ async def test_a_command_that_halts_its_way_in_costs_itself_the_time_limit(make:
 async def test_environment_reaches_the_command_only(make: MakeSandbox) -> None:
     async with started(make, env={"GREETING": "a 'b' \"c\"", "LD_PRELOAD": "/no/such.so"}) as box:
         assert (await box.exec("unset LD_PRELOAD; echo $GREETING", timeout_s=10)).output.endswith("a 'b' \"c\"\n")
+
+
+async def test_more_cpus_than_the_node_has_are_as_many_as_it_has(make: MakeSandbox) -> None:
+    async with started(make, limits=replace(LIMITS, cpus=1000.0)) as box:
+        assert (await box.exec("echo $OMP_NUM_THREADS", timeout_s=10)).output == f"{os.cpu_count()}\n"
 
 
 async def test_pytest_and_git_work(make: MakeSandbox) -> None:
@@ -195,6 +201,19 @@ async def test_stop_is_idempotent_and_final(make: MakeSandbox) -> None:
     await never_started.stop()
     with pytest.raises(SandboxFailed):
         await never_started.start()
+
+
+async def test_a_stop_that_came_to_nothing_is_a_typed_error_and_may_be_tried_again(
+    make: MakeSandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with started(make) as box:
+        with monkeypatch.context() as patched:
+            patched.setattr("thunder_rollout.sandbox.shell.DESTROY_TIMEOUT_S", 0.0)
+            with pytest.raises(SandboxFailed, match="stop it again"):
+                await box.stop()
+        with pytest.raises(SandboxFailed):
+            await box.exec("true", timeout_s=5)
+        await asyncio.gather(box.stop(), box.stop())
 
 
 async def test_stop_during_a_command_ends_it(make: MakeSandbox) -> None:

@@ -150,12 +150,12 @@ def _limit(folders: tuple[Path, ...], limits: SandboxLimits, *, v2: bool) -> Non
 
 
 def _remove(folder: Path) -> bool:
-    try:
+    with contextlib.suppress(OSError):
         for pid in (folder / "cgroup.procs").read_text().split():
-            os.kill(int(pid), signal.SIGKILL)
-    except (FileNotFoundError, ProcessLookupError):
-        pass
-    _set_frozen(folder, frozen=False)  # v1: a frozen process dies when it is thawed
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+    with contextlib.suppress(OSError):
+        _set_frozen(folder, frozen=False)  # v1: a frozen process dies when it is thawed
     try:
         folder.rmdir()
     except FileNotFoundError:

@@ -49,6 +49,7 @@ class SandboxConfig:
     cpu_shares: int = 1024  # of all sandboxes of a node together; 1024: as much as one busy thread of anybody else
     when_paused: str = "auto"  # what becomes of a sandbox whose program waits; auto: by the node's pressure
     max_starts: int = 4  # sandboxes of one node that start at the same time
+    max_sandboxes: int | None = None  # of one node, at work or at rest; further ones wait. None: no limit
     start_timeout_s: float = 120.0  # of one sandbox, its setup included
 
     def __post_init__(self) -> None:
@@ -58,9 +59,11 @@ class SandboxConfig:
         _require(2 <= self.cpu_shares <= 262_144, "cpu_shares", self.cpu_shares, "2 to 262144")
         _require(self.when_paused in WHEN_PAUSED, "when_paused", self.when_paused, f"one of {', '.join(WHEN_PAUSED)}")
         _require(self.max_starts >= 1, "max_starts", self.max_starts, ">= 1")
+        max_sandboxes = self.max_sandboxes
+        _require(max_sandboxes is None or max_sandboxes >= 1, "max_sandboxes", max_sandboxes, ">= 1, or null")
         _require(self.start_timeout_s > 0, "start_timeout_s", self.start_timeout_s, "> 0")
         _require(limits.memory_bytes >= 64 * 2**20, "limits.memory_bytes", limits.memory_bytes, ">= 67108864 (64 MiB)")
-        _require(limits.cpus > 0, "limits.cpus", limits.cpus, "> 0")
+        _require(limits.cpus >= 0.01, "limits.cpus", limits.cpus, ">= 0.01")
         _require(limits.pids >= 16, "limits.pids", limits.pids, ">= 16")
         _require(limits.disk_bytes >= 2**20, "limits.disk_bytes", limits.disk_bytes, ">= 1048576 (1 MiB)")
         _require(limits.output_bytes >= 64, "limits.output_bytes", limits.output_bytes, ">= 64")

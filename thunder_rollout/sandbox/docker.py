@@ -1,10 +1,11 @@
 """Sandboxes as Docker containers, through the docker SDK.
 
-What bounds one: memory (swap included), CPUs and processes by the engine's cgroups; no network
+What bounds one: memory (swap included), CPUs (at most the engine's) and processes by its cgroups; no network
 but loopback; few capabilities and no way to gain any. `disk_bytes` binds the writable layer where
 the storage driver has quotas (overlay2 on xfs with pquota, btrfs, zfs). Elsewhere it binds the size
-of one file, and a command that is found to have written more than that in all is killed: a container
-can be over the limit by what it writes in `_DISK_EVERY_S`.
+of one file, and when a container is found to have written more than that in all, its processes are killed,
+those that earlier commands left behind included: it can be over the limit by what it writes between two looks
+(see `disk_watch`). Nothing that it prints is kept.
 
 While it rests it is paused, or committed to an image and removed, and then started again from that image; what
 the image's volumes hold would not survive that, so a container with volumes is paused instead, and so is one
@@ -29,7 +30,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from docker.errors import APIError, ImageNotFound, NotFound
-from docker.types import Ulimit
+from docker.types import LogConfig, Ulimit
 
 from thunder_rollout.errors import SandboxFailed
 from thunder_rollout.sandbox.channel import CHANNEL_SCRIPT, KILLED, Channel, Marked, NotRunnable
@@ -42,14 +43,14 @@ from thunder_rollout.sandbox.docker_engine import (
 )
 from thunder_rollout.sandbox.gitdiff import SCRATCH
 from thunder_rollout.sandbox.image_store import ImageStore
-from thunder_rollout.sandbox.protocol import SandboxSpec
+from thunder_rollout.sandbox.protocol import Rest, SandboxSpec
 from thunder_rollout.sandbox.shell import INIT_SCRIPT, ShellSandbox
 from thunder_rollout.sandbox.variables import common_variables
 
 logger = logging.getLogger(__name__)
 
 _DEATH_PATIENCE_S = 1.0
-_DISK_EVERY_S = 1.0
+_ROOM_MAKING_S = 1.0  # a command that finds the disk full may run so long
 _FREEZE_ATTEMPTS = 4
 _LEAST_DISK_BYTES = 2**20
 _KEPT_CAPABILITIES = ["CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID"]
@@ -71,7 +72,9 @@ class DockerSandbox(ShellSandbox):
         self._container = ""
         self._creating: asyncio.Future[str] | None = None
         self._stdin: AttachedStream | None = None
-        self._kept_image = ""  # its files, once it was put away
+        self._under_way: tuple[Marked, float] | None = None  # the command, and when it began
+        self._ended_at_bytes = 0  # what it had written when its processes were ended for that
+        self._kept_images: list[str] = []  # its files each time it was put away, one image on the other
         self._kept_bytes = 0  # of what it had written by then
         self._room_bytes = 0  # what that takes of the node's budget
 
@@ -85,6 +88,8 @@ class DockerSandbox(ShellSandbox):
             )
             self._stdin = AttachedStream(holder)
             await self._engine.call(lambda: api.start(self._container))
+            if not self._engine.has_quota:
+                self._engine.disk.add(self._container, self._see_written, is_busy=lambda: self._under_way is not None)
         except ImageNotFound as error:
             raise SandboxFailed(
                 f"sandbox: the Docker engine has no image {self.spec.image!r}; pull or build it first, or correct the "
@@ -105,9 +110,9 @@ class DockerSandbox(ShellSandbox):
         return self._create_container(None)
 
     def _create_container(self, storage_opt: dict[str, str] | None) -> str:
-        spec, limits = self.spec, self.spec.limits
+        spec, limits = self.spec, self.spec.limits.on_node(self._engine.num_cpus)
         container = self._engine.client.containers.create(
-            self._kept_image or spec.image,
+            self._kept_images[-1] if self._kept_images else spec.image,
             entrypoint=["bash", "-c", INIT_SCRIPT, "thunder-sandbox"],
             command=[str(max(1, math.ceil(self._ends_s - time.monotonic())))],
             user="0:0",
@@ -125,6 +130,7 @@ class DockerSandbox(ShellSandbox):
             cap_drop=["ALL"],
             cap_add=_KEPT_CAPABILITIES,
             security_opt=["no-new-privileges"],
+            log_config=LogConfig(type=LogConfig.types.NONE),
             tmpfs={SCRATCH: "size=256m,mode=0700"},
             ulimits=[Ulimit(name="fsize", soft=limits.disk_bytes, hard=limits.disk_bytes)],
             storage_opt=storage_opt,
@@ -156,29 +162,30 @@ class DockerSandbox(ShellSandbox):
 
     @asynccontextmanager
     async def _watched(self, marked: Marked) -> AsyncIterator[None]:
-        """For engines without quotas: a command that fills the disk ends, and is told why."""
-        if self._engine.has_quota:
-            yield
-            return
-        watching = asyncio.create_task(self._kill_when_over_disk(marked))
+        self._under_way = marked, time.monotonic()
         try:
             yield
         finally:
-            watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
+            self._under_way = None
 
-    async def _kill_when_over_disk(self, marked: Marked) -> None:
-        while True:
-            await asyncio.sleep(_DISK_EVERY_S)
-            if await self._written_bytes() > self._disk_bytes():
+    async def _see_written(self, written_bytes: int) -> None:
+        """What fills the disk ends; a command is told why."""
+        if written_bytes <= self._disk_bytes():
+            self._ended_at_bytes = 0
+        elif self._under_way is not None:
+            marked, began_s = self._under_way
+            if time.monotonic() - began_s >= _ROOM_MAKING_S:
                 marked.note(f"killed: the sandbox's disk is full ({self.spec.limits.disk_bytes} bytes)\n".encode())
                 await self._clear()
-                return
+        elif written_bytes > self._ended_at_bytes and not self._lock.locked():
+            async with self._lock:
+                await self._settle()
+                if self._rest is Rest.KEEP:
+                    await self._end_processes()
+                    self._ended_at_bytes = written_bytes
 
     async def _written_bytes(self) -> int:
-        api = self._engine.client.api
-        found = await self._engine.call(lambda: api.containers(filters={"id": self._container}, size=True))
-        return int(found[0].get("SizeRw", 0)) if found else 0
+        return (await self._engine.written_bytes([self._container])).get(self._container, 0)
 
     def _disk_bytes(self) -> int:
         return max(_LEAST_DISK_BYTES, self.spec.limits.disk_bytes - self._kept_bytes)
@@ -214,7 +221,7 @@ class DockerSandbox(ShellSandbox):
             await self._require_alive()
             logger.warning("a sandbox can't be put away: %s", error.explanation)
             return False
-        self._kept_image = committed["Id"]  # it has the container's labels
+        self._kept_images.append(committed["Id"])  # it has the container's labels
         self._kept_bytes += written_bytes
         self._close_channel()
         await self._remove()
@@ -234,7 +241,8 @@ class DockerSandbox(ShellSandbox):
             self._images.give_back(room_bytes)
 
     async def _start_again(self) -> None:
-        async with asyncio.timeout(self._start_timeout_s):
+        async with self._in_time():
+            await self._remove()  # what an earlier try left
             await self._boot()
 
     async def _ask(self, call: Callable[[], Any]) -> Any:
@@ -282,21 +290,21 @@ class DockerSandbox(ShellSandbox):
             raise SandboxFailed("sandbox: its container died (time to live over, out of memory, or killed)")
 
     async def _destroy(self) -> None:
-        try:
-            await self._remove()
-            if self._kept_image:
-                await self._engine.call(lambda: remove_image(self._engine, self._kept_image))
-        finally:
-            self._give_back(self._room_bytes)
+        await self._remove()
+        while self._kept_images:
+            await self._engine.call(lambda: remove_image(self._engine, self._kept_images[-1]))
+            self._kept_images.pop()
+        self._give_back(self._room_bytes)
 
     async def _remove(self) -> None:
         """The container, whatever state it is in. Idempotent."""
         if self._creating is None:
             return
         try:
-            container = await self._creating  # a cancelled start may still be creating it
+            container = await asyncio.shield(self._creating)  # a cancelled start may still be creating it
         except (APIError, SandboxFailed):
             return
+        self._engine.disk.drop(container)
         await self._engine.call(lambda: remove_container(self._engine, container))
         if self._stdin is not None:
             self._stdin.close()

@@ -7,13 +7,14 @@ output) is read on the event loop, so no thread is held while an agent's command
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import docker
@@ -22,6 +23,7 @@ from docker.errors import APIError, DockerException, NotFound
 
 from thunder_rollout.errors import ConfigError, SandboxFailed
 from thunder_rollout.sandbox import cgroups
+from thunder_rollout.sandbox.disk_watch import DiskWatch
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +76,12 @@ class DockerEngine:
         self.has_quota = True  # until the storage driver says that it can't limit a container's disk
         self.weight: dict[str, Any] = {}  # what containers are created with for their share of the CPU
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="docker")
+        self.disk = DiskWatch(self.written_bytes)
+
+    @cached_property
+    def num_cpus(self) -> int:
+        """A container that is to have more is refused. Blocking, the first time."""
+        return int(self.client.info()["NCPU"])
 
     def weigh(self, cpu_shares: int) -> None:
         """Give all containers together so many CPU shares where the engine's cgroups are ours to set, and each
@@ -93,6 +101,12 @@ class DockerEngine:
             if isinstance(error, APIError):
                 raise
             raise SandboxFailed(f"sandbox: the Docker engine at {self.address} doesn't answer: {error}") from error
+
+    async def written_bytes(self, containers: list[str]) -> dict[str, int]:
+        """The size of the writable layer of each that runs, and is not paused."""
+        filters = {"id": containers, "status": "running"}
+        found = await self.call(lambda: self.client.api.containers(filters=filters, size=True))
+        return {one["Id"]: int(one.get("SizeRw", 0)) for one in found}
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -156,47 +170,57 @@ class AttachedStream:
 def sweep_docker(docker_host: str | None, run: str | None, is_ours: Callable[[str], bool]) -> int:
     """Remove the containers of `run` (None: of any) whose session `is_ours` accepts, with their
     anonymous volumes, then the images of those put away, volumes and networks that bear such labels;
-    how many in all. Blocking."""
+    how many in all. What the engine does not give up is left, and all else goes; then it raises
+    `SandboxFailed`. Blocking."""
     engine = DockerEngine(docker_host)
     api = engine.client.api
     filters = {"label": f"{RUN_LABEL}={run}" if run else SESSION_LABEL}
-
-    def dead(found: list[dict[str, Any]] | None, key: str) -> list[str]:
-        return [one[key] for one in found or [] if is_ours((one["Labels"] or {}).get(SESSION_LABEL, ""))]
-
+    kinds: list[tuple[Callable[[], list[dict[str, Any]] | None], str, Callable[[str], None]]] = [
+        (lambda: api.containers(all=True, filters=filters), "Id", partial(remove_container, engine)),
+        (lambda: api.images(filters=filters), "Id", partial(remove_image, engine)),
+        (lambda: api.volumes(filters=filters)["Volumes"], "Name", lambda name: _remove(api.remove_volume, name)),
+        (lambda: api.networks(filters=filters), "Id", lambda name: _remove(api.remove_network, name)),
+    ]
+    num_removed = 0
+    refusals: list[OSError] = []
     try:
-        containers = dead(api.containers(all=True, filters=filters), "Id")
-        for container in containers:
-            remove_container(engine, container)
-        images = dead(api.images(filters=filters), "Id")
-        for image in images:
-            remove_image(engine, image)
-        volumes = dead(api.volumes(filters=filters)["Volumes"], "Name")
-        for volume in volumes:
-            _unless_gone(partial(api.remove_volume, volume, force=True))
-        networks = dead(api.networks(filters=filters), "Id")
-        for network in networks:
-            _unless_gone(partial(api.remove_network, network))
-        return len(containers) + len(images) + len(volumes) + len(networks)
+        for listed, key, remove in kinds:
+            try:
+                found = listed() or []
+            except OSError as error:
+                refusals.append(error)
+                continue
+            for name in [one[key] for one in found if is_ours((one["Labels"] or {}).get(SESSION_LABEL, ""))]:
+                try:
+                    remove(name)
+                    num_removed += 1
+                except OSError as error:
+                    refusals.append(error)
     finally:
         engine.close()
+    if refusals:
+        raise SandboxFailed(
+            f"sandbox: the Docker engine at {engine.address} keeps {len(refusals)} leftovers (removed: {num_removed}); "
+            f"the first refusal: {refusals[0]}"
+        ) from refusals[0]
+    return num_removed
 
 
 def remove_container(engine: DockerEngine, container_id: str) -> None:
-    """Idempotent. Blocking."""
-    _unless_gone(partial(engine.client.api.remove_container, container_id, v=True, force=True))
+    """Idempotent; its removal may be under way still when this returns. Blocking."""
+    try:
+        _remove(engine.client.api.remove_container, container_id, v=True, force=True)
+    except APIError as error:
+        if error.status_code != 409:  # somebody else has begun with it
+            raise
 
 
 def remove_image(engine: DockerEngine, image_id: str) -> None:
-    """With the images it was made of that have no name. Idempotent. Blocking."""
-    _unless_gone(partial(engine.client.api.remove_image, image_id, force=True))
+    """With the images it was made of that have no name. Idempotent. Raises `APIError` while a container uses it.
+    Blocking."""
+    _remove(engine.client.api.remove_image, image_id, force=True)
 
 
-def _unless_gone(remove: Callable[[], None]) -> None:
-    try:
-        remove()
-    except NotFound:
-        return
-    except APIError as error:
-        if error.status_code != 409:  # 409: its removal is already under way, or it is still in use by what goes
-            raise
+def _remove(remove: Callable[..., None], name: str, **how: Any) -> None:
+    with contextlib.suppress(NotFound):
+        remove(name, **how)

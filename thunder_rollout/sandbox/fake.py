@@ -19,8 +19,9 @@ class FakeSandbox:
     not know ends with exit code 127, one whose `took_s` is over the timeout times out (at once).
 
     `start_s` is how long `start` takes; `start_error` is what it raises. `kill` ends it as if
-    under its program. The diff is of text files under the workdir since `start`, whatever the
-    base commit.
+    under its program. While `trouble` is set, every call but `stop` raises it, as on a machine without file
+    descriptors; `stop_failures` is how many calls of `stop` fail from now on. The diff is of text files under
+    the workdir since `start`, whatever the base commit.
     """
 
     def __init__(
@@ -29,13 +30,15 @@ class FakeSandbox:
         script: Script | None = None,
         *,
         start_s: float = 0.0,
-        start_error: SandboxFailed | None = None,
+        start_error: Exception | None = None,
     ) -> None:
         self.spec = spec
         self.commands: list[str] = []
         self.files: dict[str, bytes] = {}
         self.running = False
         self.resting = Rest.KEEP
+        self.trouble: Exception | None = None
+        self.stop_failures = 0
         self._first_files: dict[str, bytes] = {}
         self._script: Script = script if script is not None else {}
         self._start_s = start_s
@@ -94,6 +97,8 @@ class FakeSandbox:
         return f"diff --git a/{name} b/{name}\n" + "".join(lines)
 
     async def is_alive(self) -> bool:
+        if self.trouble is not None:
+            raise self.trouble
         return self.running
 
     async def clear(self) -> None:
@@ -107,12 +112,17 @@ class FakeSandbox:
 
     async def stop(self) -> None:
         self._stopped = True
+        if self.stop_failures:
+            self.stop_failures -= 1
+            raise SandboxFailed("sandbox: it was not removed; stop it again")
         self.running = False
 
     def kill(self) -> None:
         self.running = False
 
     def _require_running(self) -> None:
+        if self.trouble is not None:
+            raise self.trouble
         if not self.running:
             raise SandboxFailed("sandbox: not running (never started, stopped, or killed)")
         self.resting = Rest.KEEP

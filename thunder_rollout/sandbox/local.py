@@ -26,6 +26,7 @@ import signal
 import subprocess
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 
 from thunder_rollout.errors import SandboxFailed
 from thunder_rollout.sandbox import cgroups
@@ -49,6 +50,7 @@ _REMEDY = (
 
 class LocalSandbox(ShellSandbox):
     def __init__(self, spec: SandboxSpec, *, start_timeout_s: float = 120.0) -> None:
+        spec = replace(spec, limits=spec.limits.on_node(os.cpu_count()))
         super().__init__(spec, start_timeout_s=start_timeout_s)
         self._name = uuid.uuid4().hex[:16]
         self._cgroup: cgroups.Cgroup | None = None

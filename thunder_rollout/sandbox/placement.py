@@ -2,7 +2,8 @@
 
 The least expected wait wins, in seconds: a pull where the image is not there (nor on its way),
 the starts queued ahead, and `LOAD_S` for each program on a CPU of the node. Nodes that have no
-disk for another sandbox come last. Each image has a home, the node that pulls it ahead and where
+disk for another sandbox come last, and before them those that are full, where a program waits until
+another ends. Each image has a home, the node that pulls it ahead and where
 equals are decided, so that the nodes' disks together hold many images; a home changes only when
 its node is lost or comes back. A program stays where it was placed: with a node that is lost, it is lost.
 """
@@ -30,6 +31,7 @@ class HostStats:
     num_failed: int
     mean_start_s: float
     max_starts: int = 1
+    max_sandboxes: int | None = None  # None: no limit
     num_cpus: int = 1
     images: tuple[str, ...] = ()  # on the node, canonical names
     mean_pull_s: float | None = None  # of an image; None: none was pulled yet
@@ -78,12 +80,13 @@ class Placement:
         due = {host for host, coming in self._placed.values() if coming == image}
         home = self.home(image)
 
-        def rank(host: int) -> tuple[bool, float, bool, int]:
+        def rank(host: int) -> tuple[bool, bool, float, bool, int]:
             stats = self._stats[host]
             free_bytes = stats.free_disk_bytes
             has_image = image in stats.images or host in due
             return (
                 free_bytes is not None and free_bytes < disk_bytes,
+                stats.max_sandboxes is not None and placed[host] >= stats.max_sandboxes,
                 expected_wait_s(stats, placed[host], has_image=has_image),
                 host != home,
                 host,

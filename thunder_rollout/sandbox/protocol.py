@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Protocol
 
@@ -13,11 +13,15 @@ from typing import Protocol
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SandboxLimits:
     memory_bytes: int = 2 * 1024**3
-    cpus: float = 1.0
+    cpus: float = 1.0  # more than the node has are as many as it has
     pids: int = 256
     disk_bytes: int = 1024**3
     output_bytes: int = 16_384  # an observation beyond it is cut in its middle
     ttl_s: float = 3600.0  # the sandbox ends by itself after this
+
+    def on_node(self, num_cpus: int | None) -> SandboxLimits:
+        """As a node of so many CPUs (None: nobody knows) can give them."""
+        return replace(self, cpus=min(self.cpus, num_cpus)) if num_cpus else self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +90,8 @@ class Sandbox(Protocol):
         """End every process that commands left behind; files stay."""
 
     async def stop(self) -> None:
-        """Remove everything the sandbox owns. Idempotent, bounded in time, shielded."""
+        """Remove everything the sandbox owns. Idempotent, bounded in time, shielded. Raises `SandboxFailed` where
+        something is left; a further call tries again."""
 
 
 class HostedSandbox(Sandbox, Protocol):

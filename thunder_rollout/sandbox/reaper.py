@@ -25,7 +25,7 @@ from pathlib import Path
 from thunder_rollout.errors import SandboxFailed, ThunderError
 from thunder_rollout.sandbox.session import Life, life_of
 
-PATIENCE_S = 30.0  # an engine may not answer at once
+PATIENCE_S = 120.0  # an engine may be starting again, or refuse for a while
 QUIET_S = 2.0  # nothing found for so long: nothing comes any more
 _POLL_S = 0.5
 _BEATS_BYTES = 65_536
@@ -36,7 +36,8 @@ def sweep(
 ) -> int:
     """Remove sandboxes of `run` (None: of any) whose session `is_ours` accepts.
 
-    Returns about how many. Blocking, bounded; idempotent.
+    Returns about how many. Raises `ThunderError` or `OSError` where some may be left. Blocking, bounded;
+    idempotent.
     """
     if backend == "docker":
         from thunder_rollout.sandbox.docker_engine import sweep_docker
@@ -47,16 +48,10 @@ def sweep(
     return sweep_local(run, is_ours)
 
 
-def sweep_leftovers(run: str, *, backend: str, docker_host: str | None) -> int:
-    """What a starting host removes: all of any run whose host has died, and of its own run whatever
-    isn't surely alive. As `sweep`."""
-    of_any = sweep(
-        None, backend=backend, docker_host=docker_host, is_ours=lambda session: life_of(session) is Life.OVER
-    )
-    of_run = sweep(
-        run, backend=backend, docker_host=docker_host, is_ours=lambda session: life_of(session) is not Life.GOING_ON
-    )
-    return of_any + of_run
+def sweep_leftovers(*, backend: str, docker_host: str | None) -> int:
+    """What a starting host removes: all whose host has surely died, of whatever run. Of another machine's hosts
+    nobody knows here, and they may share the engine. As `sweep`."""
+    return sweep(None, backend=backend, docker_host=docker_host, is_ours=lambda session: life_of(session) is Life.OVER)
 
 
 class Reaper:
@@ -146,7 +141,7 @@ def reap(run: str, session: str, *, backend: str, docker_host: str | None) -> No
         try:
             if sweep(run, backend=backend, docker_host=docker_host, is_ours=is_ours):
                 last_found_s = time.monotonic()
-        except ThunderError:  # the engine doesn't answer: it may yet
+        except (ThunderError, OSError):  # the engine doesn't answer, or keeps something: it may yet
             last_found_s = time.monotonic()
         time.sleep(_POLL_S)
 

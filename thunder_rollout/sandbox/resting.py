@@ -22,7 +22,8 @@ _PATIENCE_S = 10.0  # with one of them, before the next
 
 
 class RestingSandboxes:
-    """`when_paused` is `SandboxConfig`'s. A sandbox that fails here is left to its program, which finds out."""
+    """`when_paused` is `SandboxConfig`'s. A sandbox that fails here is left to its program, which finds out, and
+    the others rest on."""
 
     def __init__(
         self,
@@ -63,14 +64,16 @@ class RestingSandboxes:
                     await self._deepen(program, sandbox)
 
     async def _deepen(self, program: str, sandbox: HostedSandbox) -> Rest:
-        how = rest_under(self._pressure()) if self._fixed is None else self._fixed
-        if how is Rest.KEEP:
-            return how
         try:
+            how = rest_under(self._pressure()) if self._fixed is None else self._fixed
+            if how is Rest.KEEP:
+                return how
             async with asyncio.timeout(_PATIENCE_S):
                 return await sandbox.rest(how)
         except TimeoutError:
             logger.info("program=%s: its sandbox is busy and does not rest", program)
+        except OSError as error:  # of the machine or the engine: both may be well again at the next look
+            logger.warning("program=%s: its sandbox does not rest now: %s: %s", program, type(error).__name__, error)
         except SandboxFailed as error:
             logger.info("program=%s: its sandbox can't rest: %s", program, error)
             self.forget(program)

@@ -19,6 +19,8 @@ import logging
 import tarfile
 import time
 from abc import abstractmethod
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from thunder_rollout.errors import SandboxFailed
 from thunder_rollout.sandbox.channel import NOT_RUNNABLE, CommandRunner
@@ -37,12 +39,14 @@ DESTROY_TIMEOUT_S = 15.0
 _CLEAR_ATTEMPTS = 10
 
 # $1 = time to live in seconds; a line "kill" on stdin ends all other processes. bash blocks SIGCHLD
-# inside `read`, so the short timeout is what reaps orphans.
+# inside `read`, so the short timeout is what reaps orphans. Nobody reads what its stdout would bring, which every
+# process inside can write to.
 INIT_SCRIPT = """
 trap '' HUP INT QUIT TERM PIPE
+exec >/dev/null 2>&1
 while (( SECONDS < $1 )); do
     IFS= read -r -t 0.5 line || (( $? > 128 )) || exit 0
-    [[ $line == kill ]] && kill -9 -1 2>/dev/null
+    [[ $line == kill ]] && kill -9 -1
     line=
 done
 exit 0
@@ -92,7 +96,8 @@ class ShellSandbox(CommandRunner):
 
     @abstractmethod
     async def _destroy(self) -> None:
-        """Remove everything the sandbox owns; also after a failed or half-done `_boot`, and while it rests."""
+        """Remove everything the sandbox owns; also after a failed or half-done `_boot`, while it rests, and after a
+        try that failed or was cancelled. Raises `SandboxFailed` or `OSError` where something is left."""
 
     @abstractmethod
     async def _freeze(self) -> bool:
@@ -107,7 +112,8 @@ class ShellSandbox(CommandRunner):
 
     @abstractmethod
     async def _start_again(self) -> None:
-        """After `_put_away`; with what is left of the time to live."""
+        """After `_put_away`, or after a start again that failed; with what is left of the time to live. Raises
+        `SandboxFailed`."""
 
     async def start(self) -> None:
         if self._started or self._stopping is not None:
@@ -115,16 +121,26 @@ class ShellSandbox(CommandRunner):
         self._started = True
         self._ends_s = time.monotonic() + self.spec.limits.ttl_s
         try:
-            async with asyncio.timeout(self._start_timeout_s):
+            async with self._lock, self._in_time():
                 await self._boot()
                 await self._populate()
-        except BaseException as error:
-            await self.stop()
-            if isinstance(error, TimeoutError):
-                raise SandboxFailed(
-                    f"sandbox: not ready after {self._start_timeout_s:.0f} s; raise sandbox.start_timeout_s"
-                ) from error
+        except BaseException:
+            try:
+                await self.stop()
+            except SandboxFailed as error:  # whoever hears of the start's failure may stop it again
+                logger.warning("sandbox: it did not start, and %s", error)
             raise
+
+    @asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        """Around a start. Raises `SandboxFailed` when it takes too long."""
+        try:
+            async with asyncio.timeout(self._start_timeout_s):
+                yield
+        except TimeoutError as error:
+            raise SandboxFailed(
+                f"sandbox: not ready after {self._start_timeout_s:.0f} s; raise sandbox.start_timeout_s"
+            ) from error
 
     async def _populate(self) -> None:
         spec = self.spec
@@ -273,9 +289,10 @@ class ShellSandbox(CommandRunner):
         if self._stopping is None:
             logger.info("sandbox: its time to live is over while it rests")
             self._stopping = asyncio.create_task(self._stop())
+            self._stopping.add_done_callback(_retrieve)
 
     async def stop(self) -> None:
-        if self._stopping is None:
+        if self._stopping is None or (self._stopping.done() and _has_failed(self._stopping)):
             self._stopping = asyncio.create_task(self._stop())
         await asyncio.shield(self._stopping)
 
@@ -287,10 +304,12 @@ class ShellSandbox(CommandRunner):
                 if self._changing is not None:
                     await asyncio.wait([self._changing])
                 await self._destroy()
-        except TimeoutError:
-            logger.error("sandbox: not removed within %.0f s; the reaper will", DESTROY_TIMEOUT_S)
-        if not self._lock.locked():  # else the command under way sees its end, and closes it
-            self._close_channel()
+        except OSError as error:
+            why = f"within {DESTROY_TIMEOUT_S:.0f} s" if isinstance(error, TimeoutError) else f"({error})"
+            raise SandboxFailed(f"sandbox: it was not removed {why}; stop it again") from error
+        finally:
+            if not self._lock.locked():  # else the command under way sees its end, and closes it
+                self._close_channel()
 
     def _require_running(self) -> None:
         if not self._started or self._stopping is not None:
@@ -331,6 +350,10 @@ class ShellSandbox(CommandRunner):
 def _retrieve(task: asyncio.Task[None]) -> None:
     if not task.cancelled():
         task.exception()  # of a change that nobody waits for any more; the next call finds out
+
+
+def _has_failed(task: asyncio.Task[None]) -> bool:
+    return task.cancelled() or task.exception() is not None
 
 
 class _ScriptFailed(SandboxFailed):

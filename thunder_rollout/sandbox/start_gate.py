@@ -1,8 +1,9 @@
-"""A bounded number of starts at once, the one that is due first going first."""
+"""A bounded number of starts, or of sandboxes, at once; the one that is due first goes in first."""
 
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator, Hashable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -15,28 +16,33 @@ class _Waiting:
 
 
 class StartGate:
-    """Nobody waits while fewer than `max_starts` are inside."""
+    """Nobody waits while fewer than `max_inside` are inside; None: nobody waits."""
 
-    def __init__(self, max_starts: int) -> None:
-        self._num_free = max_starts
+    def __init__(self, max_inside: int | None) -> None:
+        self._num_free = sys.maxsize if max_inside is None else max_inside
         self._waiting: dict[Hashable, _Waiting] = {}
         self._num_arrived = 0
 
     @asynccontextmanager
     async def inside(self, who: Hashable, due_s: float) -> AsyncIterator[None]:
-        """`due_s` is on any clock that all callers share."""
-        await self._enter(who, due_s)
+        """See `enter`."""
+        await self.enter(who, due_s)
         try:
             yield
         finally:
-            self._let_next_in()
+            self.leave()
+
+    @property
+    def num_free(self) -> int:
+        return self._num_free
 
     def hasten(self, who: Hashable, due_s: float) -> None:
         """If `who` waits, it is due at `due_s` now, where that is sooner."""
         if (waiting := self._waiting.get(who)) is not None:
             waiting.due = min(waiting.due, (due_s, waiting.due[1]))
 
-    async def _enter(self, who: Hashable, due_s: float) -> None:
+    async def enter(self, who: Hashable, due_s: float) -> None:
+        """`due_s` is on any clock that all callers share. Whoever is in has to `leave`; cancelled, it isn't."""
         if self._num_free:
             self._num_free -= 1
             return
@@ -46,12 +52,13 @@ class StartGate:
             await waiting.turn
         except asyncio.CancelledError:
             if not waiting.turn.cancelled():  # let in and cancelled at the same time
-                self._let_next_in()
+                self.leave()
             raise
         finally:
             del self._waiting[who]
 
-    def _let_next_in(self) -> None:
+    def leave(self) -> None:
+        """Whoever is due first goes in."""
         waiting = [other for other in self._waiting.values() if not other.turn.done()]
         if waiting:
             min(waiting, key=lambda other: other.due).turn.set_result(None)

@@ -35,6 +35,17 @@ def test_where_there_are_no_cgroups_of_ours_nothing_is_weighed(tmp_path: Path, m
     assert list(tmp_path.iterdir()) == [tmp_path / "cgroup.controllers"]
 
 
+def test_a_group_that_can_not_be_removed_keeps_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cgroups._remove_patiently, "__defaults__", (0.0,))
+    (tmp_path / "cgroup.controllers").touch()
+    sessions = [tmp_path / "thunder" / "r" / f"{name}-box" for name in ("a", "b", "c", "living")]
+    for folder in sessions:
+        folder.mkdir(parents=True)
+    (sessions[1] / "cgroup.procs").mkdir()  # can't be read
+    assert cgroups.sweep("r", lambda session: session != "living", tmp_path) == 3
+    assert [folder.exists() for folder in sessions] == [False, True, False, True]
+
+
 @pytest.mark.parametrize(
     ("file", "told", "frozen", "thawed"),
     [

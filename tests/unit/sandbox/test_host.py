@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 from collections.abc import Callable
 
 import pytest
+from docker.errors import APIError
 
 from thunder_rollout.errors import SandboxFailed
 from thunder_rollout.sandbox.config import ImagesConfig, SandboxConfig
@@ -15,7 +17,8 @@ from thunder_rollout.sandbox.fake_images import FakeImageEngine
 from thunder_rollout.sandbox.host import SandboxHost
 from thunder_rollout.sandbox.image_cache import Image, Layer
 from thunder_rollout.sandbox.image_store import ImageStore
-from thunder_rollout.sandbox.protocol import ExecResult, Rest, SandboxSpec
+from thunder_rollout.sandbox.protocol import ExecResult, Rest, SandboxLimits, SandboxSpec
+from thunder_rollout.sandbox.resting import RestingSandboxes
 
 SPEC = SandboxSpec(image="toy", files={"/testbed/a": b"1\n"}, labels={"task": "t"})
 
@@ -23,14 +26,15 @@ SPEC = SandboxSpec(image="toy", files={"/testbed/a": b"1\n"}, labels={"task": "t
 class Factory:
     """Makes fakes and remembers them."""
 
-    def __init__(self, start_s: float = 0.0, errors: int = 0) -> None:
+    def __init__(self, start_s: float = 0.0, errors: int = 0, error: Exception | None = None) -> None:
         self.made: list[FakeSandbox] = []
         self._start_s = start_s
         self._errors = errors
+        self._error = error or SandboxFailed("no luck")
         self.max_starting = 0
 
     def __call__(self, spec: SandboxSpec) -> FakeSandbox:
-        error = SandboxFailed("no luck") if len(self.made) < self._errors else None
+        error = self._error if len(self.made) < self._errors else None
         answer: Callable[[str], ExecResult] = lambda command: ExecResult(
             exit_code=0, output=command, timed_out=False, took_s=0.0
         )
@@ -166,6 +170,53 @@ async def test_a_failed_start_reaches_its_waiters_and_the_next_try_is_new() -> N
     assert (host.stats().num_failed, host.stats().num_started) == (1, 1)
 
 
+TROUBLES = [OSError(errno.EMFILE, "Too many open files"), TimeoutError(), APIError("no space left on device")]
+
+
+@pytest.mark.parametrize("trouble", TROUBLES, ids=lambda trouble: type(trouble).__name__)
+async def test_trouble_of_the_machine_or_the_engine_fails_its_program_and_no_other(trouble: OSError) -> None:
+    factory = Factory(errors=1, error=trouble)
+    host = await host_of(factory, when_paused="stop")
+    with pytest.raises(SandboxFailed, match=type(trouble).__name__):
+        await host.prepare("p", SPEC)
+    assert host.stats().num_failed == 1
+    await asyncio.gather(host.acquire("p", SPEC), host.prepare("q", SPEC))
+    for fake in factory.made:
+        fake.trouble = trouble
+    await host.rest("p")
+    for call in (
+        lambda: host.wake("p"),
+        lambda: host.exec("p", "hi", timeout_s=1),
+        lambda: host.read_file("p", "/testbed/a"),
+        lambda: host.write_file("p", "/testbed/a", b""),
+        lambda: host.diff("p", "HEAD"),
+        lambda: host.clear("p"),
+        lambda: host.acquire("q", SPEC),
+    ):
+        with pytest.raises(SandboxFailed, match=type(trouble).__name__):
+            await call()
+    for fake in factory.made:
+        fake.trouble = None
+    with pytest.raises(FileNotFoundError):
+        await host.read_file("p", "/testbed/missing")
+    assert (await host.exec("p", "hi", timeout_s=1)).output == "hi"
+    await host.stop()
+
+
+async def test_a_bug_in_the_watch_of_the_pressure_is_told_to_whoever_rests_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def broken(self: RestingSandboxes) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(RestingSandboxes, "run", broken)
+    host = await host_of(Factory())
+    await host.acquire("p", SPEC)
+    with pytest.raises(ZeroDivisionError):
+        await host.rest("p")
+    await host.stop()
+
+
 async def test_a_fresh_sandbox_ends_with_its_block() -> None:
     factory = Factory()
     host = await host_of(factory)
@@ -233,6 +284,106 @@ async def test_an_image_is_on_the_node_while_a_sandbox_uses_it_and_no_longer_tha
     await host.release("q")
     await waiting
     assert host.stats().images == ("other:latest",)
+    await host.stop()
+
+
+async def test_a_sandbox_that_would_not_go_is_tried_again_and_keeps_its_image_until_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("thunder_rollout.sandbox.host.STOP_AGAIN_S", 0.02)
+    factory = Factory()
+    host = await host_with_images(factory, FakeImageEngine([TOY, OTHER]), budget_bytes=25)
+    await host.acquire("p", SPEC)
+    factory.made[0].stop_failures = 3
+    await host.release("p")
+    waiting = asyncio.create_task(host.acquire("q", OTHER_SPEC))
+    await asyncio.sleep(0.03)
+    assert factory.made[0].running and not waiting.done()
+    await waiting
+    assert not factory.made[0].running
+    await host.stop()
+
+
+async def test_a_start_that_failed_and_left_something_is_taken_down_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("thunder_rollout.sandbox.host.STOP_AGAIN_S", 0.01)
+    factory = Factory(start_s=0.01, errors=1)
+    host = await host_of(factory)
+    starting = asyncio.create_task(host.acquire("p", SPEC))
+    await asyncio.sleep(0.005)
+    factory.made[0].stop_failures = 1
+    with pytest.raises(SandboxFailed, match="no luck"):
+        await starting
+    await asyncio.sleep(0.05)
+    assert factory.made[0].stop_failures == 0
+    await host.acquire("p", SPEC)
+    factory.made[1].stop_failures = 100
+    await host.stop()
+
+
+async def test_a_program_waits_on_a_full_node_until_another_ends() -> None:
+    factory = Factory()
+    host = await host_of(factory, max_sandboxes=2)
+    await asyncio.gather(host.acquire("p", SPEC), host.acquire("q", SPEC))
+    waiting = [asyncio.create_task(host.acquire(name, SPEC)) for name in ("r", "s")]
+    await asyncio.sleep(0.02)
+    assert not any(task.done() for task in waiting)
+    assert factory.num_running() == 2
+    await host.release("p")
+    await waiting[0]
+    waiting[1].cancel()
+    await host.release("s")
+    await host.release("r")
+    async with host.fresh(SPEC):
+        assert factory.num_running() == 2
+    assert host.stats().max_sandboxes == 2
+    await host.stop()
+
+
+@pytest.mark.parametrize("start_s", [0.0, 0.02])
+async def test_a_prepared_sandbox_gives_way_on_a_full_node_to_a_program_that_stands_waiting(start_s: float) -> None:
+    factory = Factory(start_s=start_s)
+    host = await host_of(factory, max_sandboxes=2)
+    preparing = [
+        asyncio.create_task(host.prepare(name, SPEC, within_s=within_s)) for name, within_s in [("p", 9), ("q", 5)]
+    ]
+    await asyncio.sleep(0.01)
+    later = asyncio.create_task(host.prepare("later", SPEC, within_s=1))
+    await asyncio.sleep(0)
+    await asyncio.wait_for(host.acquire("r", SPEC), 1)
+    if not start_s:
+        assert factory.num_running() == 2, "no more give way than have to"
+    await asyncio.wait_for(host.acquire("s", SPEC), 1)
+    await asyncio.gather(*preparing)
+    assert not later.done(), "those in need go first"
+    assert {fake.spec.labels["program"] for fake in factory.made if fake.running} == {"r", "s"}
+    await host.release("r")
+    await later
+    waiting = asyncio.create_task(host.acquire("q", SPEC))
+    await asyncio.wait_for(waiting, 1)
+    assert {fake.spec.labels["program"] for fake in factory.made if fake.running} == {"q", "s"}
+    await host.stop()
+
+
+async def test_a_node_on_which_nothing_ends_is_a_typed_failure() -> None:
+    factory = Factory()
+    host = await host_of(factory, max_sandboxes=1, limits=SandboxLimits(ttl_s=0.02))
+    await host.acquire("p", SPEC)
+    with pytest.raises(SandboxFailed, match=r"raise sandbox\.max_sandboxes"):
+        await host.acquire("q", SPEC)
+    await host.release("p")
+    await host.acquire("q", SPEC)
+    await host.stop()
+
+
+async def test_a_sandbox_that_would_not_go_keeps_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("thunder_rollout.sandbox.host.STOP_AGAIN_S", 0.02)
+    factory = Factory()
+    host = await host_of(factory, max_sandboxes=1)
+    await host.acquire("p", SPEC)
+    factory.made[0].stop_failures = 1
+    await host.release("p")
+    await host.acquire("q", SPEC)
+    assert [fake.running for fake in factory.made] == [False, True]
     await host.stop()
 
 

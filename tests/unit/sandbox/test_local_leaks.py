@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +23,14 @@ RUN = f"test-leaks-{os.getpid()}"
 def needs_local() -> None:
     if refusal := local_unavailable():
         pytest.fail(refusal) if os.environ.get("CI") == "true" else pytest.skip(refusal)
+
+
+@pytest.mark.parametrize("hierarchy", ["pids", "."])
+def test_cgroups_left_behind_are_seen_in_both_versions(tmp_path: Path, hierarchy: str) -> None:
+    left = tmp_path / hierarchy / "thunder" / RUN / "session-box"
+    left.mkdir(parents=True)
+    (left.parent / "cgroup.procs").touch()
+    assert local_leftovers(RUN, tmp_path) == [str(left)]
 
 
 @pytest.mark.parametrize("victims", VICTIMS)

@@ -68,6 +68,15 @@ def test_a_host_without_disk_comes_last() -> None:
     assert place(placement, "q") == 0
 
 
+def test_a_full_host_comes_after_those_with_room_and_before_none() -> None:
+    full = replace(IDLE, images=("a:latest",), max_sandboxes=2)
+    placement = placement_of(full, replace(IDLE, max_sandboxes=3), replace(IDLE, free_disk_bytes=0))
+    assert [place(placement, f"p{i}") for i in range(5)] == [0, 0, 1, 1, 1]
+    assert place(placement, "waits") == 0, "both are full: where it will wait least"
+    placement.forget("p2")
+    assert place(placement, "q") == 1
+
+
 def test_a_program_keeps_its_place_until_it_is_forgotten() -> None:
     placement = placement_of(IDLE, IDLE)
     first = place(placement, "p")

@@ -78,6 +78,43 @@ async def test_it_reaps_the_session_when_its_owner_is_gone_and_no_other() -> Non
         reaper.sweep(run, backend="local", docker_host=None)
 
 
+@pytest.mark.parametrize("failure", [SandboxFailed("1 leftover stays"), OSError("the engine refuses")])
+def test_it_tries_again_whatever_went_wrong_with_a_sweep(failure: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcomes: list[Exception | int] = [failure, 2, failure, 0]
+    monkeypatch.setattr(reaper, "QUIET_S", 0.02)
+    monkeypatch.setattr(reaper, "_POLL_S", 0.001)
+
+    def sweep(*args: object, **kwargs: object) -> int:
+        outcome = outcomes.pop(0) if outcomes else 0
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(reaper, "sweep", sweep)
+    reaper.reap("run", "session", backend="docker", docker_host=None)
+    assert outcomes == []
+
+
+@needs_local
+async def test_a_sweep_that_fails_keeps_no_host_from_its_start_and_leaves_its_end_to_the_reaper(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused(*args: object, **kwargs: object) -> int:
+        raise SandboxFailed("1 leftover stays")
+
+    monkeypatch.setattr("thunder_rollout.sandbox.host.sweep", refused)
+    monkeypatch.setattr("thunder_rollout.sandbox.host.sweep_leftovers", refused)
+    host = SandboxHost(SandboxConfig(backend="local"), run=f"test-refused-{os.getpid()}")
+    await host.start()
+    standing_by = host._reaper
+    assert standing_by is not None
+    try:
+        await host.stop()
+        assert standing_by.is_running()
+    finally:
+        standing_by.stop()
+
+
 def wait_until(done: Callable[[], bool]) -> None:
     deadline_s = time.monotonic() + 20
     while not done():
@@ -124,20 +161,21 @@ def _is_alive(pid: int) -> bool:
 
 
 @needs_local
-async def test_a_host_sweeps_the_earlier_life_of_its_run() -> None:
+async def test_a_host_leaves_those_of_its_run_alone_whose_host_may_live_on_another_machine() -> None:
     run = f"test-sweep-{os.getpid()}"
-    left = LocalSandbox(SandboxSpec(image="", labels={"run": run, "session": "earlier"}))
-    await left.start()
+    elsewhere = "_".join(["machine", "boot", *new_session().split("_")[2:]])
+    neighbour = LocalSandbox(SandboxSpec(image="", labels={"run": run, "session": elsewhere}))
+    await neighbour.start()
     host = SandboxHost(SandboxConfig(backend="local"), run=run)
     try:
         assert (await host.start()).backend == "local"
-        assert left._process is not None
-        await asyncio.wait_for(left._process.wait(), 5)
         await host.acquire("p", SandboxSpec(image=""))
-        assert (await host.exec("p", "echo on", timeout_s=10)).output == "on\n"
+        for on in (await host.exec("p", "echo on", timeout_s=10), await neighbour.exec("echo on", timeout_s=10)):
+            assert on.output == "on\n"
     finally:
         await host.stop()
-        await left.stop()
+        await neighbour.stop()
+        reaper.sweep(run, backend="local", docker_host=None)
 
 
 @needs_local
@@ -164,12 +202,21 @@ async def test_a_host_sweeps_what_any_dead_host_left_and_nothing_of_a_living_one
 
 
 @needs_local
-async def test_a_reaper_that_is_killed_is_replaced() -> None:
+async def test_a_reaper_that_is_killed_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     host = SandboxHost(SandboxConfig(backend="local"), run=f"test-replaced-{os.getpid()}")
     try:
         await host.start()
         assert host._reaper is not None
         first = host._reaper.pid
+        refusals = [OSError(24, "Too many open files")]
+        start_reaper = host._start_reaper
+
+        def refusing() -> reaper.Reaper:
+            if refusals:
+                raise refusals.pop()
+            return start_reaper()
+
+        monkeypatch.setattr(host, "_start_reaper", refusing)
         os.kill(first, signal.SIGKILL)
         await asyncio.to_thread(wait_until, lambda: host._reaper is not None and host._reaper.pid != first)
         assert host._reaper.is_running()

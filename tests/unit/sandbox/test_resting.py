@@ -100,6 +100,35 @@ async def test_one_that_has_died_is_left_to_its_program(node: Node) -> None:
         await node.resting.wake("q")
 
 
+@pytest.mark.parametrize("trouble", [OSError(24, "Too many open files"), SandboxFailed("the engine refuses")])
+async def test_one_in_trouble_keeps_no_other_from_its_rest(node: Node, trouble: Exception) -> None:
+    troubled, other = await node.box(), await node.box()
+    await node.resting.rest("p", troubled)
+    await node.resting.rest("q", other)
+    troubled.trouble = trouble
+    for node.pressure, how in ((BUSY, Rest.FREEZE), (SHORT, Rest.STOP)):
+        await asyncio.sleep(0.05)
+        assert other.resting is how
+    troubled.trouble = None
+    await node.resting.rest("p", troubled)
+    assert troubled.resting is Rest.STOP
+
+
+async def test_a_node_that_does_not_tell_its_pressure_is_asked_again(node: Node) -> None:
+    box = await node.box()
+    await node.resting.rest("p", box)
+    asked = iter([None, None, SHORT])
+
+    def pressure() -> Pressure:
+        if (found := next(asked, IDLE)) is None:
+            raise OSError(24, "Too many open files")
+        return found
+
+    node.resting._pressure = pressure
+    await asyncio.sleep(0.05)
+    assert box.resting is Rest.STOP
+
+
 @pytest.mark.parametrize(
     ("cpu", "free_memory", "how"),
     [(0.0, 0.9, Rest.KEEP), (0.5, 0.9, Rest.FREEZE), (0.0, 0.2, Rest.FREEZE), (0.5, 0.05, Rest.STOP)],
