@@ -9,12 +9,14 @@ The patch decides nothing about how it is judged: what it says about the hidden 
 the runner and its configuration and plugins, or Python's start-up is left out when it is applied (see
 `patch_rules`, `suites`). The tested code shares a process with its judge, so verdicts come from a record
 that only a normal end of the run seals (see `seal_plugin`): leaving early, printing or writing a report,
-leaving a process behind, writing into the tests' files before the runner reads them, and replacing the runner's
-functions and classes all end in reward 0.
+leaving a process behind, writing into the tests' files before the runner reads them, replacing the runner's
+functions and classes or a test's methods, bringing pytest hooks or taking away its own, and giving reports in
+its name all end in reward 0.
 
 What no runner in the same process can keep out, and this one doesn't: code written against this very
-plugin that digs the secret out of the interpreter's memory or undoes its changes before the end, and
-code that fools the tests' own assertions (an object that equals everything) or puts other tests in their
+plugin that digs the secret out of the interpreter's memory, edits the plugin's objects or undoes its changes
+before the end; code that gives other single objects of the runner methods or data of their own; and code that
+fools the tests' own assertions (an object that equals everything) or puts other tests or fixtures in their
 place in memory or in Python's caches. Where the reference patch changes a runner that is the repository's
 own (Django's, sympy's), the agent's may change it too.
 """

@@ -24,6 +24,9 @@ def locally(task: Task) -> Callable[[], AbstractAsyncContextManager[Sandbox]]:
     return lambda: started(LocalSandbox(sandbox_spec(task)))
 
 
+WITH_CONFTEST = "PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 python -m pytest -q -p no:cacheprovider"
+
+
 async def grade_locally(task: Task, patch: str, test_timeout_s: float = 60.0) -> Grade:
     config = GradingConfig(test_timeout_s=test_timeout_s)
     return await grade(task, patch.encode(), locally(task), config=config)
@@ -75,6 +78,57 @@ async def test_one_sandbox_is_enough_for_a_verdict(toy_task: Task) -> None:
 
     assert (await grade(toy_task, toy_task.patch.encode(), make_sandbox)).resolved
     assert len(made) == 1
+
+
+HOOKS = (
+    "import pytest, {module}\n"
+    "@pytest.hookimpl(tryfirst=True)\n"
+    "def pytest_collection_modifyitems(items):\n    {line}\n    items.sort(key=lambda item: item.nodeid)\n"
+    "def pytest_runtest_setup(item):\n    pass\n"
+)
+
+
+@pytest.mark.parametrize(("line", "sandboxes"), [("pass", 1), ("assert items is not None", 2)])
+async def test_what_the_repositorys_own_conftest_files_hook_in_is_theirs(
+    toy_task: Task, line: str, sandboxes: int
+) -> None:
+    """Also in folders that pytest comes to late. Code with pytest's own asserts in it can't be told from the file."""
+    module = source_path(toy_task).removesuffix(".py").replace("/", ".")
+    conftest = HOOKS.format(line=line, module=module).encode()
+    (text,) = toy_task.test_files.values()
+    tests = tuple(f"tests/deep/test_it.py::{test.partition('::')[2]}" for test in toy_task.fail_to_pass)
+    task = replace(
+        toy_task,
+        base_commit="HEAD",
+        test_command=WITH_CONFTEST,
+        files=toy_task.files | {"/testbed/tests/conftest.py": conftest, "/testbed/tests/deep/conftest.py": conftest},
+        test_files={"tests/deep/test_it.py": text, "tests/test_all.py": "def test_one(): pass\n"},
+        fail_to_pass=tests,
+        pass_to_pass=("tests/test_all.py::test_one",),
+    )
+    made = []
+
+    def make_sandbox():
+        made.append(LocalSandbox(sandbox_spec(task)))
+        return started(made[-1])
+
+    verdict = await grade(task, task.patch.encode(), make_sandbox)
+    assert (verdict.resolved, len(made)) == (True, sandboxes), verdict.log
+
+
+async def test_a_session_within_the_tested_code_gives_no_verdict(toy_task: Task) -> None:
+    """It is imported by a conftest file: before pytest is configured."""
+    module = source_path(toy_task).removesuffix(".py").replace("/", ".")
+    files = toy_task.files | {"/testbed/tests/conftest.py": f"import {module}\n".encode()}
+    task = replace(toy_task, files=files, base_commit="HEAD", test_command=WITH_CONFTEST)
+    (path,) = task.test_files
+    own = (
+        "import os, pytest; __getattr__ = lambda name: None; P = type('P', (), {}); "
+        "P.pytest_pyfunc_call = lambda self, pyfuncitem: True; "
+        f"os._exit(pytest.main(['--noconftest', '-p', 'thunder_seal', {path!r}], plugins=[P()]))"
+    )
+    verdict = await grade_locally(task, prepended(task, own))
+    assert (verdict.reward, verdict.passed) == (0.0, ())
 
 
 async def test_an_empty_patch_needs_no_sandbox(toy_task: Task) -> None:
