@@ -171,7 +171,23 @@ async def test_code_that_attacks_its_judge_gets_nothing(make: MakeSandbox, hack:
     "path", ["conftest.py", "tests/conftest.py", "pytest.py", "sitecustomize.py", "iniconfig.py", "random/__init__.py"]
 )
 async def test_a_patch_cant_bring_its_own_judge(make: MakeSandbox, path: str) -> None:
-    lenient = replace(TASK, test_command=LENIENT)
+    await judged_all_the_same(make, path, replace(TASK, test_command=LENIENT))
+
+
+@pytest.mark.parametrize("path", ["pytest.py", "_pytest/__init__.py", "sitecustomize/__init__.py", "iniconfig.py"])
+@pytest.mark.parametrize("how", ["environment", "command"])
+async def test_nor_where_modules_are_searched_first(make: MakeSandbox, path: str, how: str) -> None:
+    where = "PYTHONPATH=/testbed/src"
+    command = f"{where}:$PYTHONPATH {LENIENT}"
+    task = (
+        replace(TASK, test_command=command)
+        if how == "command"
+        else replace(TASK, test_command=LENIENT, env=dict([where.split("=")]))
+    )
+    await judged_all_the_same(make, f"src/{path}", task)
+
+
+async def judged_all_the_same(make: MakeSandbox, path: str, lenient: Task) -> None:
     code = PASS_ALL if "conftest" in path else "import sys; sys.exit(0)\n"
     brought = f"mkdir -p $(dirname {path}); printf '%s' {_quoted(code)} > {path}"
     verdict = await grade_with(make, patch_of(brought), lenient)

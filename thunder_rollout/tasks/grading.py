@@ -24,6 +24,7 @@ own (Django's, sympy's), the agent's may change it too.
 from __future__ import annotations
 
 import contextlib
+import re
 import secrets
 import shlex
 from collections.abc import Callable
@@ -44,6 +45,8 @@ MakeSandbox = Callable[[], AbstractAsyncContextManager[Sandbox]]
 
 _GIT = "git -c safe.directory='*' -c core.hooksPath=/dev/null"
 _TIMED_OUT = "tests timed out"
+_PYTHON_PATH = re.compile(r"\bPYTHONPATH=(\S+)")
+_TELL_PATH = "import os, sys; print(*map(os.path.relpath, map(os.path.realpath, sys.path)), sep='\\n')"
 _MAX_REPORT_BYTES = 64 * 1024**2
 
 
@@ -134,12 +137,26 @@ class _Grading:
 
     async def _apply_agent_patch(self, patch: bytes) -> str:
         """What git says against the patch, "" if it applied."""
-        names = await self._step("git ls-tree --name-only HEAD", "list the repository")
-        exclude = exclude_arguments(judged_paths=self._hidden_paths(), base_names=names.output.splitlines())
+        folders = await self._import_folders()
+        inside = shlex.join(f"{folder}/" for folder in folders)
+        names = await self._step(
+            f"git -c core.quotePath=false ls-tree --name-only HEAD {inside}", "list the repository"
+        )
+        exclude = exclude_arguments(
+            judged_paths=self._hidden_paths(), import_folders=folders, base_paths=names.output.splitlines()
+        )
         file = f"{self.scratch}/agent.patch"
         await self.sandbox.write_file(file, patch)
         result = await self._step(f"{_GIT} apply --whitespace=nowarn {exclude} {file}", "apply the agent's patch")
         return _last_line(result) if result.exit_code else ""
+
+    async def _import_folders(self) -> list[str]:
+        """The folders of the repository that Python searches for modules, relative; the top, ".", is first."""
+        set_for_tests = ":".join(_PYTHON_PATH.findall(self.task.test_command))
+        script = f"export PYTHONPATH=$PYTHONPATH:{set_for_tests}\npython -c {shlex.quote(_TELL_PATH)}"
+        told = await self._step(script, "tell where Python finds modules")
+        folders = told.output.splitlines() if not told.exit_code else []
+        return list(dict.fromkeys([".", *(folder for folder in folders if folder.partition("/")[0] != "..")]))
 
     async def put_hidden_tests(self) -> str:
         """What stands in the way of the task's tests, "" if they are in place."""

@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 
 _JUDGE_NAMES = ("conftest.py", "pytest.ini", ".pytest.ini", "pytest.toml", ".pytest.toml", "tox.ini", "setup.cfg",
                 "pyproject.toml", "sitecustomize.py", "usercustomize.py")  # fmt: skip
-_JUDGE_FOLDERS = ("pytest", "_pytest", "pluggy", "*.egg-info", "*.dist-info")
+_JUDGE_FOLDERS = ("*.egg-info", "*.dist-info")
 # git wildcards; `*` crosses folders
 _JUDGE_PATTERNS = (
     *(pattern for name in _JUDGE_NAMES for pattern in (name, f"*/{name}")),
@@ -20,27 +20,31 @@ _JUDGE_PATTERNS = (
     "*.pth",
     "*.pyc",
 )
-# What the runner imports before the tests; a file of this name in the folder it starts in would come first.
+# What Python and the runner import before the tests; one of this name in a folder that is searched before the
+# installed packages would come first. Where the repository has one already, it is the image's.
 _RUNNER_MODULES = frozenset(sys.stdlib_module_names) | {
-    "attr", "attrs", "colorama", "exceptiongroup", "importlib_metadata", "iniconfig", "packaging", "pluggy", "py",
-    "pygments", "pytest", "tomli", "typing_extensions", "zipp", "thunder_seal",
+    "_pytest", "attr", "attrs", "colorama", "exceptiongroup", "importlib_metadata", "iniconfig", "packaging", "pluggy",
+    "py", "pygments", "pytest", "sitecustomize", "tomli", "typing_extensions", "usercustomize", "zipp", "thunder_seal",
 }  # fmt: skip
 
 
-def exclude_arguments(*, judged_paths: Iterable[str], base_names: Iterable[str]) -> str:
+def exclude_arguments(*, judged_paths: Iterable[str], import_folders: Iterable[str], base_paths: Iterable[str]) -> str:
     """Arguments for `git apply`. `judged_paths` are the files and folders of the hidden tests and of
-    those that decide; `base_names` is what lies at the top of the repository before the patch."""
-    patterns = [*_JUDGE_PATTERNS, *_shadowing(frozenset(base_names))]
+    those that decide; `import_folders` (relative, "." for the top) are where Python finds modules, and
+    `base_paths` is what lies in them before the patch."""
+    base = frozenset(base_paths)
+    patterns = [*_JUDGE_PATTERNS, *(pattern for folder in import_folders for pattern in _shadowing(folder, base))]
     for path in judged_paths:
         patterns += [_literal(path), f"{_literal(path)}/*", *_folders(path)]
     return " ".join(f"--exclude={shlex.quote(pattern)}" for pattern in dict.fromkeys(patterns))
 
 
-def _shadowing(base_names: frozenset[str]) -> Iterator[str]:
+def _shadowing(folder: str, base_paths: frozenset[str]) -> Iterator[str]:
     for module in sorted(_RUNNER_MODULES):
-        if f"{module}.py" not in base_names and module not in base_names:
-            yield f"{module}.*"
-            yield f"{module}/__init__.*"
+        path = str(PurePosixPath(folder, module))
+        if f"{path}.py" not in base_paths and path not in base_paths:
+            yield f"{_literal(path)}.*"
+            yield f"{_literal(path)}/__init__.*"
 
 
 def _folders(path: str) -> Iterator[str]:
