@@ -3,7 +3,7 @@
 Whatever the patch does wrong (doesn't apply, breaks the tests, makes them hang) is the agent's
 failure, a reward of 0 with its reason. Whatever keeps the grader from a verdict (the sandbox
 can't start or dies, the image can't run tests, the hidden tests don't go in, or the tests run out
-of time even without the patch) is `GradingFailed`, never a reward.
+of time even with the reference patch) is `GradingFailed`, never a reward.
 
 The patch decides nothing about how it is judged: what it says about the hidden tests' files,
 the runner and its configuration and plugins, or Python's start-up is left out when it is applied (see
@@ -89,12 +89,18 @@ async def grade(task: Task, patch: bytes, make_sandbox: MakeSandbox, *, config: 
         async with make_sandbox() as sandbox:
             grading = _Grading(task, sandbox, config)
             verdict = await grading.judge(patch)
-        if verdict.reason == _TIMED_OUT:
-            await _check_in_time_without_patch(task, make_sandbox, config)
-        if grading.altered and (by_patch := grading.altered - await _altered_without_patch(task, make_sandbox, config)):
-            return _failed(
-                f"the tests or their runner were altered: {', '.join(sorted(by_patch))[:500]}", log=verdict.log
+        if verdict.reason != _TIMED_OUT and not grading.altered:
+            return verdict
+        baseline = await _run_baseline(task, make_sandbox, config)
+        if baseline.timed_out:
+            how = "with its reference patch" if task.patch else "without a patch"
+            raise GradingFailed(
+                f"task {task.instance_id}: its tests take over {config.test_timeout_s:.0f} s even {how}; "
+                "raise grading.test_timeout_s"
             )
+        if by_patch := grading.altered - baseline.altered:
+            altered = ", ".join(sorted(by_patch))[:500]
+            return _failed(f"the tests or their runner were altered: {altered}", log=verdict.log)
         return verdict
     except SandboxFailed as error:
         raise GradingFailed(f"task {task.instance_id}: the grading sandbox failed: {error}") from error
@@ -157,6 +163,12 @@ class _Grading:
         told = await self._step(script, "tell where Python finds modules")
         folders = told.output.splitlines() if not told.exit_code else []
         return list(dict.fromkeys([".", *(folder for folder in folders if folder.partition("/")[0] != "..")]))
+
+    async def put_reference_patch(self) -> None:
+        if self.task.patch:
+            file = f"{self.scratch}/reference.patch"
+            await self.sandbox.write_file(file, self.task.patch.encode())
+            await self._must(f"{_GIT} apply --whitespace=nowarn {file}", "apply the reference patch")
 
     async def put_hidden_tests(self) -> str:
         """What stands in the way of the task's tests, "" if they are in place."""
@@ -231,29 +243,25 @@ class _Grading:
         return result
 
 
-async def _check_in_time_without_patch(task: Task, make_sandbox: MakeSandbox, config: GradingConfig) -> None:
-    """The patch is to blame for tests that hang only if they end in time without it."""
+@dataclass(frozen=True, slots=True)
+class _Baseline:
+    """How the tests run where no agent was: with the reference patch, for the bug itself may hang them; without a
+    patch where the task has none. What is altered then is the doing of the image's plugins."""
+
+    timed_out: bool
+    altered: frozenset[str]
+
+
+async def _run_baseline(task: Task, make_sandbox: MakeSandbox, config: GradingConfig) -> _Baseline:
     async with make_sandbox() as sandbox:
         grading = _Grading(task, sandbox, config)
         await grading.prepare()
+        await grading.put_reference_patch()
         await grading.put_hidden_tests()
-        if (await grading.run_tests()).timed_out:
-            raise GradingFailed(
-                f"task {task.instance_id}: its tests take over {config.test_timeout_s:.0f} s even without a patch; "
-                "raise grading.test_timeout_s"
-            )
-
-
-async def _altered_without_patch(task: Task, make_sandbox: MakeSandbox, config: GradingConfig) -> frozenset[str]:
-    """An image's own plugins may replace parts of pytest; that is not the patch's doing."""
-    async with make_sandbox() as sandbox:
-        grading = _Grading(task, sandbox, config)
-        await grading.prepare()
-        await grading.put_hidden_tests()
-        await grading.run_tests()
+        ran = await grading.run_tests()
         with contextlib.suppress(BadReport, FileNotFoundError):
             await grading.report()
-        return grading.altered
+        return _Baseline(ran.timed_out, grading.altered)
 
 
 def _is_at(file: str, path: str) -> bool:

@@ -160,6 +160,20 @@ async def test_hanging_tests_are_the_agents_failure(toy_task: Task) -> None:
     assert (verdict.reward, verdict.reason) == (0.0, "tests timed out")
 
 
+async def test_where_the_bug_hangs_the_tests_a_patch_without_the_fix_is_a_failure_all_the_same(toy_task: Task) -> None:
+    path = source_path(toy_task)
+    hangs = "while True: pass\n" + toy_task.files[f"{toy_task.workdir}/{path}"].decode()
+    files = toy_task.files | {f"{toy_task.workdir}/{path}": hangs.encode()}
+    first = hangs.splitlines()[1]
+    fix = f"diff --git a/{path} b/{path}\n--- a/{path}\n+++ b/{path}\n@@ -1,2 +1,1 @@\n-while True: pass\n {first}\n"
+    task = replace(toy_task, base_commit="HEAD", files=files, patch=fix)
+    verdict = await grade_locally(task, new_file("notes.txt", "All is well."), test_timeout_s=6.0)
+    assert (verdict.reward, verdict.reason) == (0.0, "tests timed out")
+    unknown = replace(task, patch="")
+    with pytest.raises(GradingFailed, match="even without a patch"):
+        await grade_locally(unknown, new_file("notes.txt", "All is well."), test_timeout_s=3.0)
+
+
 async def test_the_hidden_tests_are_the_tasks_whatever_the_patch_says(toy_task: Task) -> None:
     (path,) = toy_task.test_files
     removal = removed_file(path, toy_task.files[f"{toy_task.workdir}/{path}"].decode())
