@@ -6,6 +6,7 @@ Never an infrastructure failure: a patch can't choose to be judged anew.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import tempfile
 from dataclasses import replace
@@ -193,6 +194,49 @@ async def judged_all_the_same(make: MakeSandbox, path: str, lenient: Task) -> No
     verdict = await grade_with(make, patch_of(brought), lenient)
     assert set(verdict.failed) == set(TASK.fail_to_pass)
     assert set(verdict.passed) == set(TASK.pass_to_pass)
+
+
+# As R2E-Gym has it: a link to an interpreter within the repository, and a script that runs it.
+R2E = replace(
+    TASK,
+    suite="r2e",
+    base_commit="HEAD",
+    setup=(
+        f"{TASK.setup}\ncd /testbed && mkdir -p /root/.venv/bin && ln -s /root/.venv .venv\n"
+        "printf '#!/bin/sh\\nexec python \"$@\"' > .venv/bin/python && chmod +x .venv/bin/python\n"
+        f"echo '.venv/bin/python -m pytest -p no:cacheprovider {' '.join(TASK.test_files)}' > run_tests.sh"
+    ),
+    test_command="bash run_tests.sh",
+    fail_to_pass=tuple(test.partition("::")[2] for test in TASK.fail_to_pass),
+    pass_to_pass=tuple(test.partition("::")[2] for test in TASK.pass_to_pass),
+    hidden_paths=("run_tests.sh",),
+)
+R2E = replace(
+    R2E, extra={"expected_output_json": json.dumps(dict.fromkeys((*R2E.fail_to_pass, *R2E.pass_to_pass), "PASSED"))}
+)
+UNLINKED = (
+    "diff --git a/.venv b/.venv\ndeleted file mode 120000\n--- a/.venv\n+++ /dev/null\n@@ -1 +0,0 @@\n"
+    "-/root/.venv\n\\ No newline at end of file\n"
+)
+SEALING_PYTHON = f"""#!/usr/bin/env python
+import glob, hmac, json, os
+(path,) = glob.glob('/run/thunder/grading-*/secret')
+passed = dict.fromkeys({[*TASK.fail_to_pass, *TASK.pass_to_pass]!r}, True)
+record = json.dumps({{'passed': passed, 'skipped': [], 'altered': []}}).encode()
+seal = hmac.new(open(path, 'rb').read(), record, 'sha256').hexdigest().encode()
+open(os.path.dirname(path) + '/report', 'wb').write(seal + bytes([10]) + record)
+"""
+
+
+async def test_the_link_to_the_interpreter_is_not_the_patchs(make: MakeSandbox) -> None:
+    """Neither to put another in its place nor to take it away."""
+    interpreter = patch_of(
+        f"mkdir -p .venv/bin; printf '%s' {_quoted(SEALING_PYTHON)} > .venv/bin/python; chmod +x .venv/bin/python"
+    ).decode()
+    for patch in (UNLINKED + new_file("notes.txt", "All is well."), UNLINKED + interpreter):
+        verdict = await grade_with(make, patch, R2E)
+        assert set(verdict.failed) == set(R2E.fail_to_pass), (verdict.reason, verdict.log)
+    assert (await grade_with(make, UNLINKED + TASK.patch, R2E)).resolved
 
 
 async def test_edited_and_removed_tests_come_back(make: MakeSandbox) -> None:

@@ -125,7 +125,7 @@ class _R2e:
     """The task's names are the keys of `expected_output_json`; failing may be what a test should do."""
 
     plugin: str = PLUGIN
-    runner: tuple[str, ...] = ()
+    runner: tuple[str, ...] = (".venv",)
 
     def refusal(self, task: Task) -> str:
         return "" if _expected(task) else "expected_output_json is missing"
