@@ -118,6 +118,18 @@ HACKS = {
         "import subprocess; subprocess.Popen(['bash', '-c', 'while true; do for f in /run/thunder/grading-*; "
         "do echo forged > $f/report; done; done'], start_new_session=True)"
     ),
+    "take the grader's files away": (
+        "import glob, os, shutil; [shutil.rmtree(it) for it in glob.glob('/run/thunder/grading-*')]; os._exit(0)"
+    ),
+    "take the grader's tools away": (
+        "import contextlib, os, shutil\n"
+        "for tool in ('python', 'pytest', 'git', 'stat', 'sleep', 'cat', 'bash'):\n"
+        "    with contextlib.suppress(OSError, TypeError): os.remove(shutil.which(tool))\n"
+        "os._exit(0)"
+    ),
+    "fill the grader's folder": (
+        "import itertools\nfor i in itertools.count(): open(f'/run/thunder/{i}', 'wb').write(b'a' * 2**24)"
+    ),
     "kill everybody": "import os; [os.kill(pid, 9) for pid in (1, -1, os.getppid(), os.getpid())]",
     "fork bomb": "import os; exec('while True:\\n try: os.fork()\\n except OSError: pass')",
     "fill the memory": "x = [b'a' * 2**20 for _ in range(4096)]",
@@ -250,6 +262,19 @@ async def test_edited_and_removed_tests_come_back(make: MakeSandbox) -> None:
         assert set(verdict.failed) == set(TASK.fail_to_pass), changes
         assert set(verdict.passed) == set(TASK.pass_to_pass), changes
     assert (await grade_with(make, TASK.patch.encode() + patch_of(changes))).resolved
+
+
+@pytest.mark.parametrize("quoted", [False, True])
+async def test_a_patch_moves_no_tests_away(make: MakeSandbox, quoted: bool) -> None:
+    """Not even under a name that git reads otherwise. What git tells without renames has none to move."""
+    (path, text), *_ = TASK.test_files.items()
+    begin, added = f"diff --git a/{path} b/{path}\n", text.count("\n")
+    head = f"{begin}--- a/{path}\n+++ b/{path}\n@@ -0,0 +1,{added} @@\n"
+    task = replace(TASK, test_files={}, test_patch=head + "".join(f"+{line}\n" for line in text.splitlines()))
+    odd = path.replace("/", "//") if not quoted else f'"{path[:-1]}\\{ord(path[-1]):03o}"'
+    move = f"diff --git a/{path} b/moved.py\nsimilarity index 100%\nrename from {odd}\nrename to moved.py\n"
+    verdict = await grade_with(make, move + TASK.patch, task)
+    assert (verdict.reward, verdict.reason) == (0.0, f"the patch doesn't apply: it moves {path}")
 
 
 async def test_a_symlink_leads_nowhere(make: MakeSandbox) -> None:

@@ -5,10 +5,13 @@ Each is left out when the patch is applied; the rest of the patch counts.
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
+
+from thunder_rollout.tasks.patches import moved_paths
 
 _JUDGE_NAMES = ("conftest.py", "pytest.ini", ".pytest.ini", "pytest.toml", ".pytest.toml", "tox.ini", "setup.cfg",
                 "pyproject.toml", "sitecustomize.py", "usercustomize.py")  # fmt: skip
@@ -28,15 +31,29 @@ _RUNNER_MODULES = frozenset(sys.stdlib_module_names) | {
 }  # fmt: skip
 
 
-def exclude_arguments(*, judged_paths: Iterable[str], import_folders: Iterable[str], base_paths: Iterable[str]) -> str:
-    """Arguments for `git apply`. `judged_paths` are the files and folders of the hidden tests and of
-    those that decide; `import_folders` (relative, "." for the top) are where Python finds modules, and
-    `base_paths` is what lies in them before the patch."""
+def judge_patterns(
+    *, judged_paths: Iterable[str], import_folders: Iterable[str], base_paths: Iterable[str]
+) -> list[str]:
+    """git wildcards. `judged_paths` are the files and folders of the hidden tests and of those that decide;
+    `import_folders` (relative, "." for the top) are where Python finds modules, and `base_paths` is what lies
+    in them before the patch."""
     base = frozenset(base_paths)
     patterns = [*_JUDGE_PATTERNS, *(pattern for folder in import_folders for pattern in _shadowing(folder, base))]
     for path in judged_paths:
         patterns += [_literal(path), f"{_literal(path)}/*", *_folders(path)]
-    return " ".join(f"--exclude={shlex.quote(pattern)}" for pattern in dict.fromkeys(patterns))
+    return list(dict.fromkeys(patterns))
+
+
+def exclude_arguments(patterns: Iterable[str]) -> str:
+    """For `git apply`, which asks them of an entry's new name alone: see `moved_judges`."""
+    return " ".join(f"--exclude={shlex.quote(pattern)}" for pattern in patterns)
+
+
+def moved_judges(patch: bytes, patterns: Iterable[str]) -> list[str]:
+    """What a patch moves that it may not even name."""
+    any_of = re.compile("|".join(f"(?:{_expression(pattern)})" for pattern in patterns), re.DOTALL)
+    moved = (str(PurePosixPath(path)) for path in moved_paths(patch.decode("utf-8", "surrogateescape")))
+    return [path for path in moved if any_of.fullmatch(path)]
 
 
 def _shadowing(folder: str, base_paths: frozenset[str]) -> Iterator[str]:
@@ -45,6 +62,11 @@ def _shadowing(folder: str, base_paths: frozenset[str]) -> Iterator[str]:
         if f"{path}.py" not in base_paths and path not in base_paths:
             yield f"{_literal(path)}.*"
             yield f"{_literal(path)}/__init__.*"
+
+
+def _expression(pattern: str) -> str:
+    parts = re.findall(r"\\.|.", pattern, re.DOTALL)
+    return "".join({"*": ".*", "?": "."}.get(part) or re.escape(part[-1]) for part in parts)
 
 
 def _folders(path: str) -> Iterator[str]:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from thunder_rollout.errors import TaskError
+from thunder_rollout.tasks.patches import written_paths
 from thunder_rollout.tasks.seal import AT_START, PLUGIN, passed_in_record, skipped_in_record
 from thunder_rollout.tasks.task import Task
 
@@ -46,9 +47,6 @@ class Suite(Protocol):
     def command(self, task: Task, tests: Iterable[str]) -> str:
         """Runs at least `tests`, where the plugin is on Python's path; its output is for the log."""
 
-    def probe(self, task: Task) -> str:
-        """Succeeds where the image can run tests at all, whatever the agent's patch did."""
-
     def verdicts(self, task: Task, record: bytes) -> dict[str, bool]:
         """Whether, by the unsealed record, each test that ran did what it should."""
 
@@ -64,9 +62,6 @@ class _Pytest:
     def command(self, task: Task, tests: Iterable[str]) -> str:
         files = dict.fromkeys(test.partition("::")[0] for test in tests)
         return f"{task.test_command} -p {PLUGIN} {shlex.join(files)}"
-
-    def probe(self, task: Task) -> str:
-        return f"cd / && {task.test_command} -p {PLUGIN} --version"
 
     def verdicts(self, task: Task, record: bytes) -> dict[str, bool]:
         exact = passed_in_record(record)
@@ -84,15 +79,12 @@ class _Django:
     def command(self, task: Task, tests: Iterable[str]) -> str:
         return f"{task.test_command} {shlex.join(self._labels(task))}"
 
-    def probe(self, task: Task) -> str:
-        return "python --version"
-
     def verdicts(self, task: Task, record: bytes) -> dict[str, bool]:
         return passed_in_record(record)
 
     @staticmethod
     def _labels(task: Task) -> list[str]:
-        paths = [path for path in patched_paths(task.test_patch) if path.endswith(".py")]
+        paths = [path for path in written_paths(task.test_patch) if path.endswith(".py")]
         return [path.removesuffix(".py").removeprefix("tests/").replace("/", ".") for path in paths]
 
 
@@ -109,15 +101,12 @@ class _Sympy:
     def command(self, task: Task, tests: Iterable[str]) -> str:
         return f"export PYTHONHASHSEED={_HASH_SEED}\n{task.test_command} {shlex.join(self._files(task))}"
 
-    def probe(self, task: Task) -> str:
-        return "python --version"
-
     def verdicts(self, task: Task, record: bytes) -> dict[str, bool]:
         return passed_in_record(record)
 
     @staticmethod
     def _files(task: Task) -> list[str]:
-        return [path for path in patched_paths(task.test_patch) if not path.endswith(_NOT_TESTS)]
+        return [path for path in written_paths(task.test_patch) if not path.endswith(_NOT_TESTS)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,9 +121,6 @@ class _R2e:
 
     def command(self, task: Task, tests: Iterable[str]) -> str:
         return f'export PYTEST_ADDOPTS="-p {PLUGIN} $PYTEST_ADDOPTS"\n{task.test_command}'
-
-    def probe(self, task: Task) -> str:
-        return ".venv/bin/python --version"
 
     def verdicts(self, task: Task, record: bytes) -> dict[str, bool]:
         expected, skipped = _expected(task), skipped_in_record(record)
@@ -158,12 +144,6 @@ def check_gradable(task: Task) -> None:
 def r2e_name(test: str) -> str:
     """A key of `expected_output_json` without colours and the failure's message."""
     return _COLOUR.sub("", test).split(" - ")[0]
-
-
-def patched_paths(patch: str) -> list[str]:
-    """The files that a git patch writes or removes."""
-    paths = [line[6:].split("\t")[0] for line in patch.splitlines() if line.startswith(("--- a/", "+++ b/"))]
-    return list(dict.fromkeys(paths))
 
 
 def _published(test: str) -> str:

@@ -198,8 +198,35 @@ async def test_a_test_patch_that_doesnt_apply_is_no_verdict(toy_task: Task) -> N
 
 async def test_an_image_that_cant_run_tests_is_no_verdict(toy_task: Task) -> None:
     task = replace(toy_task, test_command="python -m no_such_runner")
-    with pytest.raises(GradingFailed, match="run the tests' command"):
+    with pytest.raises(GradingFailed, match="tests' command leaves no report"):
         await grade_locally(task, task.patch)
+
+
+async def test_a_bug_that_ends_the_tests_is_no_excuse(toy_task: Task) -> None:
+    """With a reference patch it is known that they can report; without one, that their runner begins."""
+    path = source_path(toy_task)
+    ends = f"import os; os._exit(0)\n{toy_task.files[f'{toy_task.workdir}/{path}'].decode()}"
+    task = replace(toy_task, files=toy_task.files | {f"{toy_task.workdir}/{path}": ends.encode()}, base_commit="HEAD")
+    verdict = await grade_locally(replace(task, patch=""), new_file("notes.txt", "All is well."))
+    assert verdict.reward == 0.0 and "no report" in verdict.reason
+    with pytest.raises(GradingFailed, match="even with its reference patch"):
+        await grade_locally(replace(task, patch=new_file("x.txt", "x")), new_file("notes.txt", "All is well."))
+
+
+async def test_a_sandbox_that_dies_once_under_the_tests_is_not_the_patchs_fault(toy_task: Task) -> None:
+    made = []
+
+    class Dying(LocalSandbox):
+        async def exec(self, command: str, *, timeout_s: float) -> ExecResult:
+            if "thunder_seal" in command and len(made) == 1:
+                raise SandboxFailed("it is gone")
+            return await super().exec(command, timeout_s=timeout_s)
+
+    def make_sandbox():
+        made.append(Dying(sandbox_spec(toy_task)))
+        return started(made[-1])
+
+    assert (await grade(toy_task, toy_task.patch.encode(), make_sandbox)).resolved
 
 
 async def test_tests_that_are_no_node_ids_are_refused(toy_task: Task) -> None:
