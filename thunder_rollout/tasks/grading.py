@@ -40,7 +40,7 @@ from thunder_rollout.tasks.patch_rules import exclude_arguments, judge_patterns,
 from thunder_rollout.tasks.patches import patched_paths
 from thunder_rollout.tasks.report import BadReport
 from thunder_rollout.tasks.seal import PLUGIN_SOURCE, unseal
-from thunder_rollout.tasks.suites import SUITES, Suite, check_gradable
+from thunder_rollout.tasks.suites import SUITES, Suite, check_gradable, test_file
 from thunder_rollout.tasks.task import Task
 
 MakeSandbox = Callable[[], AbstractAsyncContextManager[Sandbox]]
@@ -250,8 +250,9 @@ class _Grading:
         task = self.task
         hidden = [path.removeprefix(f"{task.workdir}/") for path in task.hidden_paths]
         tests = list(task.test_files) or patched_paths(task.test_patch)
-        judging = [test.partition("::")[0] for test in self._wanted() if "::" in test]
         reference = patched_paths(task.patch)
+        # A doctest's file is a source file; where the fix is in it, the patch may write it, docstrings included.
+        judging = [file for file in map(test_file, self._wanted()) if file and file not in reference]
         runner = [path for path in self.suite.runner if not any(_is_at(file, path) for file in reference)]
         return [*tests, *hidden, *judging, *runner]
 

@@ -28,7 +28,7 @@ from typing import Any
 from thunder_rollout.errors import TaskError
 from thunder_rollout.tasks.patches import BadPatch, reverse_patch
 from thunder_rollout.tasks.rows import IMAGE_COLUMNS
-from thunder_rollout.tasks.suites import r2e_name
+from thunder_rollout.tasks.suites import is_doctest, r2e_name, test_file
 
 Row = dict[str, Any]
 
@@ -115,7 +115,7 @@ def _swe_rebench(row: Row) -> Row:
 
 def _swe_smith(row: Row) -> Row:
     """The image is the repository without the bug: the bug goes in, and the tests that show it out of
-    the agent's sight."""
+    the agent's sight; but doctests, which are where the code is."""
     bug = row["patch"]
     tests = _decoded(row, "FAIL_TO_PASS")
     if not isinstance(tests, list):
@@ -137,7 +137,7 @@ def _swe_smith(row: Row) -> Row:
         "workdir": WORKDIR,
         "self_contained": False,
         "setup": f"cd {WORKDIR} && git apply --index --whitespace=nowarn {_BUG_PATCH} && rm {_BUG_PATCH}",
-        "hidden_paths": list(dict.fromkeys(test.partition("::")[0] for test in tests)),
+        "hidden_paths": list(dict.fromkeys(test_file(test) for test in tests if not is_doctest(test))),
     }
 
 

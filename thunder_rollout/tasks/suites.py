@@ -19,6 +19,7 @@ import re
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Protocol
 
 from thunder_rollout.errors import TaskError
@@ -60,7 +61,7 @@ class _Pytest:
         return "" if (odd := _without(task, "::")) is None else f"{odd!r} isn't a pytest node id (path::test)"
 
     def command(self, task: Task, tests: Iterable[str]) -> str:
-        files = dict.fromkeys(test.partition("::")[0] for test in tests)
+        files = dict.fromkeys(map(test_file, tests))
         return f"{task.test_command} -p {PLUGIN} {shlex.join(files)}"
 
     def verdicts(self, task: Task, record: bytes) -> dict[str, bool]:
@@ -139,6 +140,17 @@ def check_gradable(task: Task) -> None:
         raise TaskError(f"task {task.instance_id}: suite={task.suite!r}: must be one of {', '.join(SUITES)}")
     if refusal := suite.refusal(task):
         raise TaskError(f"task {task.instance_id}: FAIL_TO_PASS and PASS_TO_PASS can't be judged: {refusal}")
+
+
+def test_file(test: str) -> str:
+    """Where pytest finds it; "" for a name without a file."""
+    return test.partition("::")[0] if "::" in test else ""
+
+
+def is_doctest(test: str) -> bool:
+    """Of Python code: `acme/core.py::acme.core.double`, a module's own is `acme/core.py::acme.core`."""
+    name = test.partition("::")[2].partition("[")[0]
+    return test_file(test).endswith(".py") and ("." in name or name == PurePosixPath(test_file(test)).stem)
 
 
 def r2e_name(test: str) -> str:

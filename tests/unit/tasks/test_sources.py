@@ -28,6 +28,7 @@ from thunder_rollout.sandbox.local import LocalSandbox
 from thunder_rollout.tasks.environment import sandbox_spec, started
 from thunder_rollout.tasks.grading import grade
 from thunder_rollout.tasks.loaders import load_tasks
+from thunder_rollout.tasks.patches import make_patch
 from thunder_rollout.tasks.task import Task
 
 IMAGES = {
@@ -182,6 +183,28 @@ async def test_an_r2e_row_is_judged_by_its_expected_statuses(tmp_path: Path) -> 
     verdict = await grade_locally(task, new_file("notes.txt", "All is well."))
     assert verdict.failed == ("test_three",)
     assert not (await grade_locally(task, BUG)).resolved
+
+
+DOCTESTED = 'def double(x):\n    """\n    >>> double(3)\n    6\n    """\n    return x {} 2\n'
+
+
+@pytest.mark.usefixtures("local_sandboxes")
+async def test_a_doctests_file_is_the_agents_to_see_and_to_mend(tmp_path: Path) -> None:
+    fixed, broken = ({"acme/core.py": DOCTESTED.format(sign)} for sign in "*+")
+    names = ["acme/core.py::core.double", *F2P]
+    row = SWE_SMITH | {"patch": make_patch(fixed, broken), "FAIL_TO_PASS": names, "PASS_TO_PASS": []}
+    files = {"/testbed/acme/core.py": fixed["acme/core.py"], "/testbed/tests/test_core.py": TESTS}
+    task = at_home(load_row(tmp_path, row), files, COMMIT)
+    task = replace(task, test_command="python -m pytest -q -p no:cacheprovider --doctest-modules")
+    async with started(LocalSandbox(sandbox_spec(task, for_agent=True))) as box:
+        seen = (await box.exec("ls acme tests; sed -i 's/x + 2/x * 2/' acme/core.py", timeout_s=30)).output
+        assert seen == "acme:\ncore.py\n\ntests:\n"
+        patch = await box.diff("HEAD")
+    for fix in (patch, task.patch.encode()):
+        verdict = await grade(task, fix, locally(task))
+        assert verdict.resolved, verdict.log
+    verdict = await grade_locally(task, new_file("notes.txt", "All is well."))
+    assert set(verdict.failed) == set(names)
 
 
 def test_a_row_may_be_read_as_its_columns_say(tmp_path: Path) -> None:
