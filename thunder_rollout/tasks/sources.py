@@ -145,7 +145,9 @@ def _r2e_gym(row: Row) -> Row:
     """`commit_hash` is the fix; the image stands before it, with uncommitted files that an agent's
     patch must not contain (`gitscrub` commits them). The virtual environment is kept out of that."""
     expected = _decoded(row, "expected_output_json")
-    if not isinstance(expected, dict) or not expected:
+    if isinstance(expected, dict):  # a struct of parquet has the names of all rows
+        expected = {test: status for test, status in expected.items() if status is not None}
+    if not isinstance(expected, dict) or not expected or not all(isinstance(it, str) for it in expected.values()):
         raise _Unusable("expected_output_json must map test names to their statuses")
     passing = [r2e_name(test) for test in expected if expected[test] == "PASSED"]
     others = [r2e_name(test) for test in expected if expected[test] != "PASSED"]
@@ -155,6 +157,7 @@ def _r2e_gym(row: Row) -> Row:
         "repo": row["repo_name"],
         "base_commit": "HEAD",
         "problem_statement": _between(row.get("problem_statement") or "", "[ISSUE]", "[/ISSUE]"),
+        "expected_output_json": json.dumps(expected),
         "FAIL_TO_PASS": passing or others,
         "PASS_TO_PASS": others if passing else [],
         "env": _R2E_ENV,

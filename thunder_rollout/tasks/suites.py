@@ -118,7 +118,10 @@ class _R2e:
     runner: tuple[str, ...] = (".venv",)
 
     def refusal(self, task: Task) -> str:
-        return "" if _expected(task) else "expected_output_json is missing"
+        try:
+            return "" if _expected(task) else "expected_output_json is missing"
+        except ValueError as error:
+            return f"{error}; make expected_output_json a mapping of test names to statuses, or that as JSON"
 
     def command(self, task: Task, tests: Iterable[str]) -> str:
         return f'export PYTEST_ADDOPTS="-p {PLUGIN} $PYTEST_ADDOPTS"\n{task.test_command}'
@@ -167,7 +170,12 @@ def _published(test: str) -> str:
 
 
 def _expected(task: Task) -> dict[str, str]:
-    statuses = json.loads(task.extra.get("expected_output_json") or "{}")
+    """Raises `ValueError` if the column is something else."""
+    statuses = task.extra.get("expected_output_json") or {}
+    if isinstance(statuses, str):
+        statuses = json.loads(statuses)
+    if not isinstance(statuses, dict) or not all(isinstance(status, str) for status in statuses.values()):
+        raise ValueError("expected_output_json can't be read")
     return {r2e_name(test): status for test, status in statuses.items()}
 
 
