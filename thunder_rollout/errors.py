@@ -45,6 +45,10 @@ class Rejected(ThunderError):
     """The scheduler can never admit this request (it fits no backend)."""
 
 
+class UndiffableChanges(ThunderError):
+    """What the agent left behind can't be taken as a patch: its own failure, a reward of 0."""
+
+
 class InfrastructureFailure(ThunderError):
     """The machinery failed, not the agent. `kind` is the key under `failures` in summary.json."""
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from thunder_rollout.errors import SandboxFailed
+from thunder_rollout.errors import SandboxFailed, UndiffableChanges
+from thunder_rollout.sandbox import shell
 from thunder_rollout.sandbox.protocol import HostedSandbox, SandboxLimits, SandboxSpec
 
 MakeSandbox = Callable[[SandboxSpec], HostedSandbox]
@@ -161,6 +162,39 @@ async def test_diff_is_not_fooled_by_the_repository(make: MakeSandbox) -> None:
         patch = await box.diff("HEAD")
         assert b"+x = 2" in patch
         assert b"fooled" not in patch
+
+
+async def test_repositories_within_and_a_full_scratch_folder_are_not_in_the_diffs_way(make: MakeSandbox) -> None:
+    async with started(make, limits=replace(LIMITS, memory_bytes=1024 * 2**20)) as box:
+        mess = (
+            "mkdir -p t/u && git init -q t && echo 1 > t/u/v && git init -q w && cd w && echo 2 > x && git add x &&"
+            "git commit -qm x; head -c 300000000 /dev/zero > /run/thunder/full; echo 'x = 2' > /testbed/a.py;"
+            "echo 3 > /testbed/z"
+        )
+        await box.exec(mess, timeout_s=30)
+        patch = await box.diff("HEAD")
+        assert b"+x = 2" in patch and b"b/z" in patch
+        await box.write_file("/tmp/patch", patch)
+        applied = await box.exec("rm -rf t w z; git checkout -q . && git apply /tmp/patch && cat a.py z", timeout_s=10)
+        assert applied.output == "x = 2\n3\n"
+
+
+async def test_what_cant_be_a_patch_is_the_agents_failure(make: MakeSandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shell, "MAX_FILE_BYTES", 10_000)
+    async with started(make) as box:
+        await box.exec("head -c 20000 /dev/urandom > new", timeout_s=10)
+        with pytest.raises(UndiffableChanges, match="over 10000 bytes"):
+            await box.diff("HEAD")
+        await box.exec("rm new; rm -rf .git/objects; mkdir .git/objects", timeout_s=10)
+        assert await box.diff("HEAD") == b""
+    monkeypatch.setattr(shell, "INTERNAL_TIMEOUT_S", 1.0)
+    async with started(make) as box:
+        monkeypatch.setattr(shell, "DIFF_SCRIPT", "sleep 100")
+        with pytest.raises(UndiffableChanges, match="exit code 137"):
+            await box.diff("HEAD")
+        await box.stop()
+        with pytest.raises(SandboxFailed):
+            await box.diff("HEAD")
 
 
 async def test_a_destroyed_repository_gives_no_patch_and_a_missing_one_an_error(make: MakeSandbox) -> None:

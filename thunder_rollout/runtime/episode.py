@@ -19,7 +19,7 @@ from typing import Protocol
 
 from thunder_rollout.agent.loop import AgentLoop, ModelClient
 from thunder_rollout.agent.trajectory import Trajectory, TurnRecord
-from thunder_rollout.errors import GradingFailed
+from thunder_rollout.errors import GradingFailed, UndiffableChanges
 from thunder_rollout.runtime.lazy_sandbox import LazySandbox
 from thunder_rollout.sandbox.protocol import Sandbox, SandboxLimits, SandboxSpec
 from thunder_rollout.tasks.environment import sandbox_spec, started
@@ -86,7 +86,10 @@ class EpisodePlayer:
         try:
             trajectory, patch, wait_s = await self._act(program, task, loop, open_model, grader)
             grade_started = time.monotonic()
-            verdict = await self._grade(program, task, patch, grader)
+            if isinstance(patch, UndiffableChanges):
+                patch, verdict = b"", Grade(resolved=False, reward=0.0, reason=str(patch))
+            else:
+                verdict = await self._grade(program, task, patch, grader)
         finally:
             await grader.stop()
         return Played(
@@ -99,7 +102,7 @@ class EpisodePlayer:
 
     async def _act(
         self, program: str, task: Task, loop: AgentLoop, open_model: OpenModel, grader: LazySandbox
-    ) -> tuple[Trajectory, bytes, float]:
+    ) -> tuple[Trajectory, bytes | UndiffableChanges, float]:
         spec = self._settings.spec(program, task, for_agent=True)
         sandbox = LazySandbox(self._sandboxes.sandbox(program, spec))
         turns: list[TurnRecord] = []
@@ -115,7 +118,7 @@ class EpisodePlayer:
             if sandbox.started:
                 grader.begin()
             # From what the agent was given: an image's own commit may lie on top of base_commit.
-            patch = await sandbox.diff("HEAD") if sandbox.started else b""
+            patch = await _changes(sandbox)
         return trajectory, patch, sandbox.wait_s
 
     def _likely_turns(self, max_turns: int) -> int:
@@ -143,3 +146,10 @@ class EpisodePlayer:
 
     def _grader(self, name: str, task: Task) -> Sandbox:
         return self._sandboxes.sandbox(name, self._settings.spec(name, task))
+
+
+async def _changes(sandbox: LazySandbox) -> bytes | UndiffableChanges:
+    try:
+        return await sandbox.diff("HEAD") if sandbox.started else b""
+    except UndiffableChanges as error:
+        return error

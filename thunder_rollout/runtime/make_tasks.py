@@ -100,8 +100,9 @@ def _digest(files: dict[str, bytes]) -> str:
 def _fingerprint(place: Place, config: MakeTasksConfig) -> str:
     """What a bug's outcome depends on; `count` and the seed only choose which bugs are tried."""
     settings = asdict(config)
-    chosen = {name: settings[name] for name in ("max_failed_share", "suite_timeout_s", "validate", "seed")}
-    return json.dumps({"package": _digest(place.files(place.package.files)), "image": place.image} | chosen)
+    chosen = {name: settings[name] for name in ("max_failed_share", "suite_timeout_s", "validate", "seed", "grading")}
+    where = {"package": _digest(place.files(place.package.files)), "image": place.image, "limits": asdict(place.limits)}
+    return json.dumps(where | chosen)
 
 
 class _Reporter:

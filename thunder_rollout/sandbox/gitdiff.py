@@ -2,8 +2,9 @@
 
 It runs on a throw-away git folder that only borrows the repository's objects. So the agent's
 index, configuration, hooks, filters, external diff tools and `info/` files neither matter nor
-change, and the diff works while the sandbox's disk is full (the folder is in `SCRATCH`).
-Files that the tree's own `.gitignore` excludes are not in the diff.
+change, and the diff works while the sandbox's disk is full (the folder is in `SCRATCH`, which is emptied
+for it). Files that the tree's own `.gitignore` excludes are not in the diff, nor is what lies in a repository
+within it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 SCRATCH = "/run/thunder"
 NO_REPOSITORY = 64
 NO_BASE = 65
+_WITHOUT_COMMIT = "does not have a commit checked out"  # git's word on a repository within; it has no content then
 
 # $1 = base commit. Exits NO_REPOSITORY or NO_BASE where there is nothing to compare with.
 DIFF_SCRIPT = f"""
@@ -22,6 +24,7 @@ objects=$(git rev-parse --git-path objects 2>/dev/null) && [ -d "$objects" ] || 
 objects=$(cd "$objects" && pwd -P)
 top=$(git rev-parse --show-toplevel)
 [ -d {SCRATCH} ] || mkdir -p {SCRATCH}
+rm -rf {SCRATCH}/* {SCRATCH}/.[!.]*
 scratch=$(mktemp -d {SCRATCH}/diff.XXXXXX)
 trap 'rm -rf "$scratch"' EXIT
 git init -q --bare --template= "$scratch/git"
@@ -32,7 +35,10 @@ git config core.preloadIndex false
 git rev-parse -q --verify "$base^{{commit}}" >/dev/null || exit {NO_BASE}
 cd "$top"
 git read-tree "$base"
-git add -A . 2>/dev/null
+if ! git add -A --ignore-errors . 2> "$scratch/errors"; then
+    grep -q {_WITHOUT_COMMIT!r} "$scratch/errors"
+    if grep -v {_WITHOUT_COMMIT!r} "$scratch/errors" | grep -qE '^(error|fatal):'; then exit 1; fi
+fi
 git -c core.quotePath=true diff --cached --binary --full-index --no-renames \\
     --no-color --no-ext-diff --no-textconv --src-prefix=a/ --dst-prefix=b/ "$base"
 """

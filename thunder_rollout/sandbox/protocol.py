@@ -84,7 +84,7 @@ class Sandbox(Protocol):
 
     async def diff(self, base_commit: str) -> bytes:
         """The workdir's changes since `base_commit` as a binary git patch, untracked files
-        included; b"" if nothing changed."""
+        included; b"" if nothing changed. Raises `UndiffableChanges` if the agent's doings are in the way."""
 
     async def clear(self) -> None:
         """End every process that commands left behind; files stay."""

@@ -22,8 +22,8 @@ from abc import abstractmethod
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from thunder_rollout.errors import SandboxFailed
-from thunder_rollout.sandbox.channel import NOT_RUNNABLE, CommandRunner
+from thunder_rollout.errors import SandboxFailed, UndiffableChanges
+from thunder_rollout.sandbox.channel import KILLED, NOT_RUNNABLE, CommandRunner
 from thunder_rollout.sandbox.gitdiff import DIFF_SCRIPT, NO_BASE, NO_REPOSITORY
 from thunder_rollout.sandbox.gitscrub import SCRUB_SCRIPT
 from thunder_rollout.sandbox.output import OutputBuffer
@@ -204,7 +204,8 @@ class ShellSandbox(CommandRunner):
     async def diff(self, base_commit: str) -> bytes:
         """See `Sandbox.diff`; "HEAD" means the HEAD the sandbox started with. b"" also if the
         agent has destroyed the repository: it leaves no patch. Raises `SandboxFailed` if there
-        never was one, or `base_commit` isn't in it."""
+        never was one, or `base_commit` isn't in it; `UndiffableChanges` where a sandbox that goes on can't do
+        what it could when it started."""
         base = self._first_head if base_commit == "HEAD" else base_commit
         if not self._first_head:
             raise SandboxFailed(f"sandbox: {self.spec.workdir} is not a git repository with a commit; fix the task")
@@ -213,11 +214,19 @@ class ShellSandbox(CommandRunner):
             try:
                 return await self._internal(DIFF_SCRIPT, base, what="diff", in_workdir=True)
             except _ScriptFailed as error:
-                lost = error.code == NO_REPOSITORY or (error.code == NO_BASE and base == self._first_head)
-                if not lost:
+                if error.code == NO_BASE and base != self._first_head:
                     raise
+                if error.code not in (NO_REPOSITORY, NO_BASE):
+                    await self._require_answer(error)
+                    raise UndiffableChanges(f"what the agent left can't be taken as a patch: {error}") from error
                 logger.warning("sandbox: the repository in %s is destroyed; no patch", self.spec.workdir)
                 return b""
+
+    async def _require_answer(self, failure: _ScriptFailed) -> None:
+        """Raises `SandboxFailed` if PID 1 is gone, or all of the sandbox is as slow as what just failed was."""
+        await self._require_alive()
+        if failure.code == KILLED:
+            await self._internal("true", what="answer")
 
     async def is_alive(self) -> bool:
         """See `HostedSandbox`."""
@@ -337,7 +346,7 @@ class ShellSandbox(CommandRunner):
             if done.code == 0 and not output.cut_bytes:
                 return output.content()
             if done.code == 0:
-                raise SandboxFailed(f"sandbox: {what}: over {MAX_FILE_BYTES} bytes")
+                raise _ScriptFailed(f"sandbox: {what}: over {MAX_FILE_BYTES} bytes")
             if missing is not None and done.code == _MISSING:
                 raise FileNotFoundError(missing)
             if attempt == 2 or done.code in (NO_REPOSITORY, NO_BASE):

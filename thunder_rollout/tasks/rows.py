@@ -76,7 +76,7 @@ class _RowReader:
             pass_to_pass=self._names("PASS_TO_PASS"),
             files=(files := self._files()),
             self_contained=self._flag("self_contained", default=bool(files)),
-            test_files=self._mapping("test_files"),
+            test_files=self._test_files(),
             env=self._mapping("env"),
             hidden_paths=self._names("hidden_paths"),
             extra={name: value for name, value in self._row.items() if name not in _KNOWN},
@@ -120,9 +120,20 @@ class _RowReader:
             raise self._error(name, "can't be read", "it must map paths to strings, or be that mapping as JSON")
         return value
 
+    def _test_files(self) -> dict[str, str]:
+        files = self._mapping("test_files")
+        for path in files:
+            if path.startswith("/") or ".." in path.split("/"):
+                raise self._error("test_files", f"has {path!r}", "give paths relative to workdir, and inside it")
+        return files
+
     def _files(self) -> dict[str, bytes]:
+        files = self._mapping("files")
+        for path in files:
+            if not path.startswith("/") or ".." in path.split("/"):
+                raise self._error("files", f"has {path!r}", "give absolute paths, such as /testbed/setup.py")
         try:
-            return {path: base64.b64decode(text, validate=True) for path, text in self._mapping("files").items()}
+            return {path: base64.b64decode(text, validate=True) for path, text in files.items()}
         except (binascii.Error, ValueError) as error:
             raise self._error("files", f"isn't base64 ({error})", "encode every content with base64") from None
 

@@ -9,8 +9,9 @@ Either way it is loaded before any code of the repository, takes the secret and 
 remembers what the runner's own code looked like. When the run ends in good order it writes
 `report`: the record's HMAC under the secret, and below it the record as JSON: `passed` (test to
 whether it passed, and was neither skipped nor expected to fail; a test that ran twice passed each
-time), `skipped`, and `altered` (what of the runner was replaced meanwhile, and which of the tests' files
-were written: the tested code runs before the last of them is read).
+time), `skipped`, and `altered` (what of the runner was replaced meanwhile, which of pytest's hooks came or
+went, reports that others than pytest gave, and which of the tests' files were written: the tested code runs
+before the last of them is read). An entry of `altered` reads the same in every run of an image.
 
 It must run on Python 3.6 with whatever pytest an image has.
 """
@@ -18,6 +19,7 @@ It must run on Python 3.6 with whatever pytest an image has.
 
 import builtins
 import functools
+import hashlib
 import hmac
 import importlib
 import importlib.machinery
@@ -42,6 +44,7 @@ _WATCHED = (
 _SYMPY_RUNNERS = ("sympy.testing.runtests", "sympy.utilities.runtests")
 _PHASES = {"setup", "call", "teardown"}
 _COARSE_CLOCK = 5  # CLOCK_REALTIME_COARSE, see linux/time.h
+_HOOK = "pytest_"
 _CODE = (types.FunctionType, types.BuiltinFunctionType, property, classmethod, staticmethod, type)
 
 
@@ -68,9 +71,10 @@ class Seal:
         """Tests came from there."""
         self._files.add(os.path.abspath(path))
 
-    def write(self, passed: Dict[str, bool], skipped: Set[str]) -> None:
+    def write(self, passed: Dict[str, bool], skipped: Set[str], altered: Set[str]) -> None:
         new, dumps, open_file = self._tools
-        record = dumps({"passed": passed, "skipped": sorted(skipped), "altered": self._altered()}).encode()
+        altered = altered.union(self._altered())
+        record = dumps({"passed": passed, "skipped": sorted(skipped), "altered": sorted(altered)}).encode()
         with open_file(os.path.join(self._folder, "report"), "wb") as file:
             file.write(new(self._secret, record, "sha256").hexdigest().encode() + b"\n" + record)
 
@@ -81,9 +85,9 @@ class Seal:
         # A class that gains a method may hide its parent's by it; modules gain names in good order.
         added = {key for key in now if key not in self._first and ":" in key[0] and key[0] in known}
         odd = {key for key in changed | added if not self._is_pytests_own(key, now.get(key))}
-        return sorted([f"{owner}.{name}" for owner, name in odd] + [path for path in self._files if self._is_new(path)])
+        return [f"{owner}.{name}" for owner, name in odd] + [path for path in self._files if self.is_new(path)]
 
-    def _is_new(self, path: str) -> bool:
+    def is_new(self, path: str) -> bool:
         """Whether the file, or a link on the way to it, was written since the start; a time of change can't be
         set back."""
         while path != os.path.dirname(path):
@@ -93,7 +97,7 @@ class Seal:
                 return True
             if not stat.S_ISDIR(status.st_mode) and status.st_ctime > self._began_s:
                 return True
-            if stat.S_ISLNK(status.st_mode) and self._is_new(os.path.realpath(path)):
+            if stat.S_ISLNK(status.st_mode) and self.is_new(os.path.realpath(path)):
                 return True
             path = os.path.dirname(path)
         return False
@@ -104,17 +108,82 @@ class Seal:
         return now is not None and now[1] == self._legacy.get("{}_{}".format(owner.rpartition(":")[2], name))
 
 
+class HookSeal:
+    """Who is called by one of pytest's plugin managers. The hooks that were there before any code of the
+    repository stay to the end; those that come are functions that were loaded by then (pytest's, and its
+    installed plugins'), under the name they had, or what the repository's conftest files say."""
+
+    def __init__(self, manager: Any, is_new: Callable[[str], bool]) -> None:
+        self._manager = manager
+        self._is_new = is_new
+        self._digest = hashlib.sha256
+        self._callers: Dict[str, Any] = dict(vars(manager.hook))
+        self._execute = getattr(manager, "_inner_hookexec", None)
+        self._loaded = set(_loaded_hooks())
+        self._first = {_key(hook, impl): (hook, impl) for hook, impl in self._impls()}
+
+    def altered(self) -> Set[str]:
+        now = {_key(hook, impl): (hook, impl) for hook, impl in self._impls()}
+        gone = [self._first[key] for key in self._first.keys() - now.keys()]
+        come = [now[key] for key in now.keys() - self._first.keys()]
+        odd = gone + [(hook, impl) for hook, impl in come if not self._is_in_order(hook, impl)]
+        relay = vars(self._manager.hook)
+        replaced = {hook for hook, caller in self._callers.items() if relay.get(hook) is not caller}
+        if getattr(self._manager, "_inner_hookexec", None) is not self._execute:
+            replaced.add("_inner_hookexec")
+        return replaced.union(self._told(hook, impl) for hook, impl in odd)
+
+    def _impls(self) -> Iterator[Tuple[str, Any]]:
+        for hook, caller in sorted({**vars(self._manager.hook), **self._callers}.items()):
+            for impl in caller.get_hookimpls() if hasattr(caller, "get_hookimpls") else ():
+                yield hook, impl
+
+    def _is_in_order(self, hook: str, impl: Any) -> bool:
+        function = _function(impl.function)
+        if (hook, *_identity(function)) in self._loaded:
+            return True
+        path = getattr(impl.plugin, "__file__", None) or ""
+        if not isinstance(impl.plugin, types.ModuleType) or os.path.basename(path) != "conftest.py":
+            return False
+        if not isinstance(function, types.FunctionType) or function.__globals__ is not vars(impl.plugin):
+            return False
+        return not self._is_new(path) and function.__code__ in _codes_in(path)
+
+    def _told(self, hook: str, impl: Any) -> str:
+        """Without the identity of anything; functions that differ have different digests."""
+        code = getattr(_function(impl.function), "__code__", None)
+        digest = self._digest(repr(_contents(code)).encode()).hexdigest()[:12]
+        name = impl.plugin_name if not impl.plugin_name.isdigit() else type(impl.plugin).__name__
+        return f"{hook} of {name} ({digest})"
+
+
 class PytestSeal:
     """Hooks of one session."""
 
-    def __init__(self, seal: Seal) -> None:
+    def __init__(self, seal: Seal, hooks: HookSeal) -> None:
         self._seal = seal
+        self._hooks = hooks
         self._phases: Dict[str, Set[str]] = {}
         self._bad: Set[str] = set()
         self._skipped: Set[str] = set()
+        self._given: Dict[str, Set[str]] = {}  # phases that passed by a report of the repository's code
+        self._givers: Dict[str, Set[str]] = {}
+        self._altered: Set[str] = set()
+        self._items: List[Any] = []
+        self._thread = threading.get_ident()
+        self._loaded = {id(vars(module)) for module in sys.modules.values() if isinstance(module, types.ModuleType)}
 
     def pytest_runtest_logreport(self, report: Any) -> None:
+        """The repository's code gives reports in good order too, of a test's parts; they decide where there is no
+        other, and are told then."""
         test = report.nodeid
+        strangers = set(self._strangers())
+        if report.outcome == "rerun":
+            self._altered |= strangers
+        elif report.outcome == "passed" and strangers:
+            self._given.setdefault(test, set()).add(report.when)
+            self._givers.setdefault(test, set()).update(strangers)
+            return
         if report.outcome == "rerun":  # by a plugin that tries failures again: what follows counts
             self._phases.pop(test, None)
             self._bad.discard(test)
@@ -126,12 +195,28 @@ class PytestSeal:
             self._skipped.add(test)
 
     def pytest_collection_finish(self, session: Any) -> None:
+        self._altered |= self._hooks.altered()
+        self._items = [session, session.config, *session.items]
         for item in session.items:
             self._seal.note_file(str(item.fspath))
 
     def pytest_sessionfinish(self) -> None:
+        for test in [test for test in self._given if not self._phases.get(test, set()) >= _PHASES]:
+            self._phases.setdefault(test, set()).update(self._given[test])
+            self._altered |= self._givers[test]
         passed = {test: phases >= _PHASES and test not in self._bad for test, phases in self._phases.items()}
-        self._seal.write(passed, self._skipped)
+        altered = self._altered.union(self._hooks.altered(), *map(_overridden, self._items))
+        self._seal.write(passed, self._skipped, altered)
+
+    def _strangers(self) -> Iterator[str]:
+        """The code, not loaded before the repository's, that gives a report."""
+        if threading.get_ident() != self._thread:
+            yield "a report from another thread"
+        frame: Any = sys._getframe()
+        while frame is not None:
+            if id(frame.f_globals) not in self._loaded:
+                yield f"a report from {frame.f_code.co_filename}"
+            frame = frame.f_back
 
 
 class RunnerSeal:
@@ -159,7 +244,7 @@ class RunnerSeal:
 
     def finish(self, judge: object) -> None:
         if judge is self._judge:
-            self.seal.write(self._passed, set())
+            self.seal.write(self._passed, set(), set())
 
 
 def _seal_unittest(runner: RunnerSeal) -> None:
@@ -303,10 +388,53 @@ def _identity(value: Any) -> Tuple[int, int]:
     return id(value), id(getattr(function, "__code__", None))
 
 
+def _loaded_hooks() -> Iterator[Tuple[str, int, int]]:
+    """(name, identity, its code's) of what any module or its classes hold under a hook's name."""
+    for module in list(sys.modules.values()):
+        owners: List[Any] = [module] if isinstance(module, types.ModuleType) else []
+        owners += [value for owner in owners for value in list(vars(owner).values()) if isinstance(value, type)]
+        for owner in owners:
+            for name, value in list(vars(owner).items()):
+                if name.startswith(_HOOK):
+                    yield (name, *_identity(_function(value)))
+
+
+def _function(value: Any) -> Any:
+    return getattr(value, "__func__", value)
+
+
+def _key(hook: str, impl: Any) -> Tuple[str, int, int, int]:
+    return (hook, id(impl.plugin), *_identity(_function(impl.function)))
+
+
+def _codes_in(path: str) -> List[types.CodeType]:
+    """Of the functions in a file of Python; those that pytest gives its own asserts are not among them."""
+    with open(path, "rb") as file:
+        found = [compile(file.read(), path, "exec", dont_inherit=True)]
+    for code in found:
+        found += [part for part in code.co_consts if isinstance(part, types.CodeType)]
+    return found
+
+
+def _contents(part: Any) -> Any:
+    """A code object as plain values that are the same in every process."""
+    if isinstance(part, types.CodeType):
+        return part.co_code, part.co_names, [_contents(inner) for inner in part.co_consts]
+    return sorted(map(repr, part)) if isinstance(part, frozenset) else repr(part)
+
+
+def _overridden(thing: Any) -> Set[str]:
+    """Methods of its class that an object has others for."""
+    cls = type(thing)
+    own = [name for name in getattr(thing, "__dict__", ()) if isinstance(getattr(cls, name, None), types.FunctionType)]
+    return {f"{cls.__name__}.{name} of one object" for name in own}
+
+
 def _legacy_codes() -> Dict[str, int]:
     legacy = sys.modules.get("_pytest.legacypath")
     functions = vars(legacy).items() if legacy else ()
-    return {name: id(value.__code__) for name, value in functions if isinstance(value, types.FunctionType)}
+    own = {name: id(value.__code__) for name, value in functions if isinstance(value, types.FunctionType)}
+    return {name.replace("stardir", "startdir"): code for name, code in own.items()}  # as pytest 7 spells it
 
 
 def _take_secret(folder: str) -> bytes:
@@ -332,10 +460,16 @@ def _hide(folder: str) -> None:
         os.environ.pop("PYTHONPATH", None)
 
 
-def pytest_configure(config: Any) -> None:
+def pytest_load_initial_conftests(early_config: Any) -> None:
+    """Before the repository's conftest files, which run the tested code."""
     if _seals:
+        seal, manager = _seals.pop(), early_config.pluginmanager
         PytestSeal.pytest_sessionfinish = pytest.hookimpl(trylast=True)(PytestSeal.pytest_sessionfinish)  # type: ignore[method-assign]
-        config.pluginmanager.register(PytestSeal(_seals.pop()), "thunder_sealing")
+        manager.register(PytestSeal(seal, HookSeal(manager, seal.is_new)), "thunder_sealing")
+
+
+if not _AT_START:
+    pytest_load_initial_conftests = pytest.hookimpl(tryfirst=True)(pytest_load_initial_conftests)
 
 
 def _start_up(seals: List[Seal]) -> None:

@@ -28,7 +28,7 @@ from typing import Any
 from thunder_rollout.errors import TaskError
 from thunder_rollout.tasks.patches import BadPatch, reverse_patch
 from thunder_rollout.tasks.rows import IMAGE_COLUMNS
-from thunder_rollout.tasks.suites import r2e_name
+from thunder_rollout.tasks.suites import is_doctest, r2e_name, test_file
 
 Row = dict[str, Any]
 
@@ -115,7 +115,7 @@ def _swe_rebench(row: Row) -> Row:
 
 def _swe_smith(row: Row) -> Row:
     """The image is the repository without the bug: the bug goes in, and the tests that show it out of
-    the agent's sight."""
+    the agent's sight; but doctests, which are where the code is."""
     bug = row["patch"]
     tests = _decoded(row, "FAIL_TO_PASS")
     if not isinstance(tests, list):
@@ -137,7 +137,7 @@ def _swe_smith(row: Row) -> Row:
         "workdir": WORKDIR,
         "self_contained": False,
         "setup": f"cd {WORKDIR} && git apply --index --whitespace=nowarn {_BUG_PATCH} && rm {_BUG_PATCH}",
-        "hidden_paths": list(dict.fromkeys(test.partition("::")[0] for test in tests)),
+        "hidden_paths": list(dict.fromkeys(test_file(test) for test in tests if not is_doctest(test))),
     }
 
 
@@ -145,7 +145,9 @@ def _r2e_gym(row: Row) -> Row:
     """`commit_hash` is the fix; the image stands before it, with uncommitted files that an agent's
     patch must not contain (`gitscrub` commits them). The virtual environment is kept out of that."""
     expected = _decoded(row, "expected_output_json")
-    if not isinstance(expected, dict) or not expected:
+    if isinstance(expected, dict):  # a struct of parquet has the names of all rows
+        expected = {test: status for test, status in expected.items() if status is not None}
+    if not isinstance(expected, dict) or not expected or not all(isinstance(it, str) for it in expected.values()):
         raise _Unusable("expected_output_json must map test names to their statuses")
     passing = [r2e_name(test) for test in expected if expected[test] == "PASSED"]
     others = [r2e_name(test) for test in expected if expected[test] != "PASSED"]
@@ -155,6 +157,7 @@ def _r2e_gym(row: Row) -> Row:
         "repo": row["repo_name"],
         "base_commit": "HEAD",
         "problem_statement": _between(row.get("problem_statement") or "", "[ISSUE]", "[/ISSUE]"),
+        "expected_output_json": json.dumps(expected),
         "FAIL_TO_PASS": passing or others,
         "PASS_TO_PASS": others if passing else [],
         "env": _R2E_ENV,

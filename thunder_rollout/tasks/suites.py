@@ -19,9 +19,11 @@ import re
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Protocol
 
 from thunder_rollout.errors import TaskError
+from thunder_rollout.tasks.patches import written_paths
 from thunder_rollout.tasks.seal import AT_START, PLUGIN, passed_in_record, skipped_in_record
 from thunder_rollout.tasks.task import Task
 
@@ -46,9 +48,6 @@ class Suite(Protocol):
     def command(self, task: Task, tests: Iterable[str]) -> str:
         """Runs at least `tests`, where the plugin is on Python's path; its output is for the log."""
 
-    def probe(self, task: Task) -> str:
-        """Succeeds where the image can run tests at all, whatever the agent's patch did."""
-
     def verdicts(self, task: Task, record: bytes) -> dict[str, bool]:
         """Whether, by the unsealed record, each test that ran did what it should."""
 
@@ -62,11 +61,8 @@ class _Pytest:
         return "" if (odd := _without(task, "::")) is None else f"{odd!r} isn't a pytest node id (path::test)"
 
     def command(self, task: Task, tests: Iterable[str]) -> str:
-        files = dict.fromkeys(test.partition("::")[0] for test in tests)
+        files = dict.fromkeys(map(test_file, tests))
         return f"{task.test_command} -p {PLUGIN} {shlex.join(files)}"
-
-    def probe(self, task: Task) -> str:
-        return f"cd / && {task.test_command} -p {PLUGIN} --version"
 
     def verdicts(self, task: Task, record: bytes) -> dict[str, bool]:
         exact = passed_in_record(record)
@@ -84,15 +80,12 @@ class _Django:
     def command(self, task: Task, tests: Iterable[str]) -> str:
         return f"{task.test_command} {shlex.join(self._labels(task))}"
 
-    def probe(self, task: Task) -> str:
-        return "python --version"
-
     def verdicts(self, task: Task, record: bytes) -> dict[str, bool]:
         return passed_in_record(record)
 
     @staticmethod
     def _labels(task: Task) -> list[str]:
-        paths = [path for path in patched_paths(task.test_patch) if path.endswith(".py")]
+        paths = [path for path in written_paths(task.test_patch) if path.endswith(".py")]
         return [path.removesuffix(".py").removeprefix("tests/").replace("/", ".") for path in paths]
 
 
@@ -109,15 +102,12 @@ class _Sympy:
     def command(self, task: Task, tests: Iterable[str]) -> str:
         return f"export PYTHONHASHSEED={_HASH_SEED}\n{task.test_command} {shlex.join(self._files(task))}"
 
-    def probe(self, task: Task) -> str:
-        return "python --version"
-
     def verdicts(self, task: Task, record: bytes) -> dict[str, bool]:
         return passed_in_record(record)
 
     @staticmethod
     def _files(task: Task) -> list[str]:
-        return [path for path in patched_paths(task.test_patch) if not path.endswith(_NOT_TESTS)]
+        return [path for path in written_paths(task.test_patch) if not path.endswith(_NOT_TESTS)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,16 +115,16 @@ class _R2e:
     """The task's names are the keys of `expected_output_json`; failing may be what a test should do."""
 
     plugin: str = PLUGIN
-    runner: tuple[str, ...] = ()
+    runner: tuple[str, ...] = (".venv",)
 
     def refusal(self, task: Task) -> str:
-        return "" if _expected(task) else "expected_output_json is missing"
+        try:
+            return "" if _expected(task) else "expected_output_json is missing"
+        except ValueError as error:
+            return f"{error}; make expected_output_json a mapping of test names to statuses, or that as JSON"
 
     def command(self, task: Task, tests: Iterable[str]) -> str:
         return f'export PYTEST_ADDOPTS="-p {PLUGIN} $PYTEST_ADDOPTS"\n{task.test_command}'
-
-    def probe(self, task: Task) -> str:
-        return ".venv/bin/python --version"
 
     def verdicts(self, task: Task, record: bytes) -> dict[str, bool]:
         expected, skipped = _expected(task), skipped_in_record(record)
@@ -155,15 +145,20 @@ def check_gradable(task: Task) -> None:
         raise TaskError(f"task {task.instance_id}: FAIL_TO_PASS and PASS_TO_PASS can't be judged: {refusal}")
 
 
+def test_file(test: str) -> str:
+    """Where pytest finds it; "" for a name without a file."""
+    return test.partition("::")[0] if "::" in test else ""
+
+
+def is_doctest(test: str) -> bool:
+    """Of Python code: `acme/core.py::acme.core.double`, a module's own is `acme/core.py::acme.core`."""
+    name = test.partition("::")[2].partition("[")[0]
+    return test_file(test).endswith(".py") and ("." in name or name == PurePosixPath(test_file(test)).stem)
+
+
 def r2e_name(test: str) -> str:
     """A key of `expected_output_json` without colours and the failure's message."""
     return _COLOUR.sub("", test).split(" - ")[0]
-
-
-def patched_paths(patch: str) -> list[str]:
-    """The files that a git patch writes or removes."""
-    paths = [line[6:].split("\t")[0] for line in patch.splitlines() if line.startswith(("--- a/", "+++ b/"))]
-    return list(dict.fromkeys(paths))
 
 
 def _published(test: str) -> str:
@@ -175,7 +170,12 @@ def _published(test: str) -> str:
 
 
 def _expected(task: Task) -> dict[str, str]:
-    statuses = json.loads(task.extra.get("expected_output_json") or "{}")
+    """Raises `ValueError` if the column is something else."""
+    statuses = task.extra.get("expected_output_json") or {}
+    if isinstance(statuses, str):
+        statuses = json.loads(statuses)
+    if not isinstance(statuses, dict) or not all(isinstance(status, str) for status in statuses.values()):
+        raise ValueError("expected_output_json can't be read")
     return {r2e_name(test): status for test, status in statuses.items()}
 
 

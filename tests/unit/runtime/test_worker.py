@@ -20,6 +20,7 @@ from thunder_rollout.runtime.client import LocalScheduler
 from thunder_rollout.runtime.service import SchedulerService
 from thunder_rollout.runtime.store import RunStore, SampleKey
 from thunder_rollout.runtime.worker import RolloutWorker, SampleOutcome, WorkerConfig
+from thunder_rollout.sandbox import shell
 from thunder_rollout.sandbox.config import SandboxConfig
 from thunder_rollout.sandbox.host import SandboxHost
 from thunder_rollout.sandbox.local import local_unavailable
@@ -155,6 +156,16 @@ async def test_the_grader_starts_a_turn_before_half_of_the_episodes_ended(host: 
 async def test_a_grader_that_began_for_an_empty_patch_is_stopped(host: SandboxHost, tmp_path: Path) -> None:
     outcome, *_ = await play(host, tmp_path, [command("ls"), command("ls")], max_turns=2)
     assert outcome.reward == 0.0
+
+
+async def test_changes_that_are_no_patch_are_the_agents_failure(
+    host: SandboxHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shell, "MAX_FILE_BYTES", 10_000)
+    outcome, store, *_ = await play(host, tmp_path, [command("head -c 20000 /dev/urandom > new")], max_turns=1)
+    assert (outcome.resolved, outcome.reward) == (False, 0.0)
+    (row,) = store.read_columns(["grade_reason"])
+    assert "can't be taken as a patch" in row["grade_reason"]
 
 
 def graded_in_s(store: RunStore) -> float:

@@ -24,6 +24,9 @@ def locally(task: Task) -> Callable[[], AbstractAsyncContextManager[Sandbox]]:
     return lambda: started(LocalSandbox(sandbox_spec(task)))
 
 
+WITH_CONFTEST = "PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 python -m pytest -q -p no:cacheprovider"
+
+
 async def grade_locally(task: Task, patch: str, test_timeout_s: float = 60.0) -> Grade:
     config = GradingConfig(test_timeout_s=test_timeout_s)
     return await grade(task, patch.encode(), locally(task), config=config)
@@ -77,6 +80,57 @@ async def test_one_sandbox_is_enough_for_a_verdict(toy_task: Task) -> None:
     assert len(made) == 1
 
 
+HOOKS = (
+    "import pytest, {module}\n"
+    "@pytest.hookimpl(tryfirst=True)\n"
+    "def pytest_collection_modifyitems(items):\n    {line}\n    items.sort(key=lambda item: item.nodeid)\n"
+    "def pytest_runtest_setup(item):\n    pass\n"
+)
+
+
+@pytest.mark.parametrize(("line", "sandboxes"), [("pass", 1), ("assert items is not None", 2)])
+async def test_what_the_repositorys_own_conftest_files_hook_in_is_theirs(
+    toy_task: Task, line: str, sandboxes: int
+) -> None:
+    """Also in folders that pytest comes to late. Code with pytest's own asserts in it can't be told from the file."""
+    module = source_path(toy_task).removesuffix(".py").replace("/", ".")
+    conftest = HOOKS.format(line=line, module=module).encode()
+    (text,) = toy_task.test_files.values()
+    tests = tuple(f"tests/deep/test_it.py::{test.partition('::')[2]}" for test in toy_task.fail_to_pass)
+    task = replace(
+        toy_task,
+        base_commit="HEAD",
+        test_command=WITH_CONFTEST,
+        files=toy_task.files | {"/testbed/tests/conftest.py": conftest, "/testbed/tests/deep/conftest.py": conftest},
+        test_files={"tests/deep/test_it.py": text, "tests/test_all.py": "def test_one(): pass\n"},
+        fail_to_pass=tests,
+        pass_to_pass=("tests/test_all.py::test_one",),
+    )
+    made = []
+
+    def make_sandbox():
+        made.append(LocalSandbox(sandbox_spec(task)))
+        return started(made[-1])
+
+    verdict = await grade(task, task.patch.encode(), make_sandbox)
+    assert (verdict.resolved, len(made)) == (True, sandboxes), verdict.log
+
+
+async def test_a_session_within_the_tested_code_gives_no_verdict(toy_task: Task) -> None:
+    """It is imported by a conftest file: before pytest is configured."""
+    module = source_path(toy_task).removesuffix(".py").replace("/", ".")
+    files = toy_task.files | {"/testbed/tests/conftest.py": f"import {module}\n".encode()}
+    task = replace(toy_task, files=files, base_commit="HEAD", test_command=WITH_CONFTEST)
+    (path,) = task.test_files
+    own = (
+        "import os, pytest; __getattr__ = lambda name: None; P = type('P', (), {}); "
+        "P.pytest_pyfunc_call = lambda self, pyfuncitem: True; "
+        f"os._exit(pytest.main(['--noconftest', '-p', 'thunder_seal', {path!r}], plugins=[P()]))"
+    )
+    verdict = await grade_locally(task, prepended(task, own))
+    assert (verdict.reward, verdict.passed) == (0.0, ())
+
+
 async def test_an_empty_patch_needs_no_sandbox(toy_task: Task) -> None:
     def refuse() -> AbstractAsyncContextManager[Sandbox]:
         raise AssertionError("no sandbox is needed")
@@ -106,6 +160,20 @@ async def test_hanging_tests_are_the_agents_failure(toy_task: Task) -> None:
     assert (verdict.reward, verdict.reason) == (0.0, "tests timed out")
 
 
+async def test_where_the_bug_hangs_the_tests_a_patch_without_the_fix_is_a_failure_all_the_same(toy_task: Task) -> None:
+    path = source_path(toy_task)
+    hangs = "while True: pass\n" + toy_task.files[f"{toy_task.workdir}/{path}"].decode()
+    files = toy_task.files | {f"{toy_task.workdir}/{path}": hangs.encode()}
+    first = hangs.splitlines()[1]
+    fix = f"diff --git a/{path} b/{path}\n--- a/{path}\n+++ b/{path}\n@@ -1,2 +1,1 @@\n-while True: pass\n {first}\n"
+    task = replace(toy_task, base_commit="HEAD", files=files, patch=fix)
+    verdict = await grade_locally(task, new_file("notes.txt", "All is well."), test_timeout_s=6.0)
+    assert (verdict.reward, verdict.reason) == (0.0, "tests timed out")
+    unknown = replace(task, patch="")
+    with pytest.raises(GradingFailed, match="even without a patch"):
+        await grade_locally(unknown, new_file("notes.txt", "All is well."), test_timeout_s=3.0)
+
+
 async def test_the_hidden_tests_are_the_tasks_whatever_the_patch_says(toy_task: Task) -> None:
     (path,) = toy_task.test_files
     removal = removed_file(path, toy_task.files[f"{toy_task.workdir}/{path}"].decode())
@@ -130,8 +198,35 @@ async def test_a_test_patch_that_doesnt_apply_is_no_verdict(toy_task: Task) -> N
 
 async def test_an_image_that_cant_run_tests_is_no_verdict(toy_task: Task) -> None:
     task = replace(toy_task, test_command="python -m no_such_runner")
-    with pytest.raises(GradingFailed, match="run the tests' command"):
+    with pytest.raises(GradingFailed, match="tests' command leaves no report"):
         await grade_locally(task, task.patch)
+
+
+async def test_a_bug_that_ends_the_tests_is_no_excuse(toy_task: Task) -> None:
+    """With a reference patch it is known that they can report; without one, that their runner begins."""
+    path = source_path(toy_task)
+    ends = f"import os; os._exit(0)\n{toy_task.files[f'{toy_task.workdir}/{path}'].decode()}"
+    task = replace(toy_task, files=toy_task.files | {f"{toy_task.workdir}/{path}": ends.encode()}, base_commit="HEAD")
+    verdict = await grade_locally(replace(task, patch=""), new_file("notes.txt", "All is well."))
+    assert verdict.reward == 0.0 and "no report" in verdict.reason
+    with pytest.raises(GradingFailed, match="even with its reference patch"):
+        await grade_locally(replace(task, patch=new_file("x.txt", "x")), new_file("notes.txt", "All is well."))
+
+
+async def test_a_sandbox_that_dies_once_under_the_tests_is_not_the_patchs_fault(toy_task: Task) -> None:
+    made = []
+
+    class Dying(LocalSandbox):
+        async def exec(self, command: str, *, timeout_s: float) -> ExecResult:
+            if "thunder_seal" in command and len(made) == 1:
+                raise SandboxFailed("it is gone")
+            return await super().exec(command, timeout_s=timeout_s)
+
+    def make_sandbox():
+        made.append(Dying(sandbox_spec(toy_task)))
+        return started(made[-1])
+
+    assert (await grade(toy_task, toy_task.patch.encode(), make_sandbox)).resolved
 
 
 async def test_tests_that_are_no_node_ids_are_refused(toy_task: Task) -> None:

@@ -145,6 +145,10 @@ def test_a_missing_field_is_named(tmp_path: Path, column: str, empty: object) ->
         ("FAIL_TO_PASS", '{"a": 1}'),
         ("PASS_TO_PASS", [1]),
         ("files", {"/testbed/a": "not base64!"}),
+        ("files", {"a.py": ""}),
+        ("files", {"/testbed/../etc/passwd": ""}),
+        ("test_files", {"/testbed/a.py": ""}),
+        ("test_files", {"../a.py": ""}),
         ("test_files", ["a"]),
     ],
 )

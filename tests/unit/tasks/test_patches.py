@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from thunder_rollout.tasks.patches import BadPatch, make_patch, reverse_patch
+from thunder_rollout.tasks.patches import (
+    BadPatch,
+    make_patch,
+    moved_paths,
+    patched_paths,
+    reverse_patch,
+    written_paths,
+)
 
 
 def git(folder: Path, *args: str) -> str:
@@ -58,3 +65,16 @@ def test_a_made_patch_applies(repository: Path) -> None:
     (repository / ".git/made.patch").write_text(make_patch(before, after))
     git(repository, "apply", ".git/made.patch")
     assert {name: (repository / name).read_text() for name in after} == after
+
+
+def test_a_patch_tells_all_that_it_touches(repository: Path) -> None:
+    (repository / "b.py").write_text("++ b/x\nno newline at the end")
+    (repository / "bin").write_bytes(bytes(range(256)))
+    git(repository, "mv", "c.py", "sätze.py")
+    (repository / "a.py").chmod(0o755)
+    (repository / "old.py").unlink()
+    git(repository, "add", "-A")
+    patch = git(repository, "diff", "--cached", "--binary", "-M")
+    assert set(patched_paths(patch)) == {"a.py", "b.py", "bin", "c.py", "sätze.py", "old.py"}
+    assert set(written_paths(patch)) == {"b.py", "sätze.py"}
+    assert moved_paths(patch) == ["c.py", "sätze.py"]

@@ -211,7 +211,8 @@ async def test_a_runner_of_the_repositorys_own_is_not_the_patchs_unless_the_refe
     brought = reverse_patch(new_file("tests/runtests.py", UNITTEST_RUNNER)) + new_file("tests/runtests.py", lenient)
     verdict = await grade_locally(DJANGO, brought)
     assert verdict.failed == DJANGO.fail_to_pass
-    their_own = replace(DJANGO, patch=brought)
+    changed = reverse_patch(new_file("tests/runtests.py", UNITTEST_RUNNER))
+    their_own = replace(DJANGO, patch=fixed() + changed + new_file("tests/runtests.py", f"{UNITTEST_RUNNER}# new\n"))
     verdict = await grade_locally(their_own, fixed() + brought)
     assert verdict.reason == "the tests left no report: no report was written", "it is believed to run tests, no more"
 

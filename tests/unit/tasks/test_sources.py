@@ -28,6 +28,8 @@ from thunder_rollout.sandbox.local import LocalSandbox
 from thunder_rollout.tasks.environment import sandbox_spec, started
 from thunder_rollout.tasks.grading import grade
 from thunder_rollout.tasks.loaders import load_tasks
+from thunder_rollout.tasks.patches import make_patch
+from thunder_rollout.tasks.suites import SUITES
 from thunder_rollout.tasks.task import Task
 
 IMAGES = {
@@ -86,6 +88,9 @@ def test_rebench_rows_bring_their_test_command(tmp_path: Path) -> None:
     assert load_row(tmp_path, SWE_REBENCH).test_command == SWE_REBENCH["install_config"]["test_cmd"]
 
 
+PLAIN_R2E = SWE_BENCH | {"suite": "r2e", "test_command": "t", "image_name": "own:1"}
+
+
 @pytest.mark.parametrize(
     ("row", "words"),
     [
@@ -95,6 +100,9 @@ def test_rebench_rows_bring_their_test_command(tmp_path: Path) -> None:
         (SWE_SMITH | {"patch": "GIT binary patch"}, "can't be reversed"),
         (R2E_GYM | {"expected_output_json": "{}"}, "must map test names"),
         (R2E_GYM | {"expected_output_json": "{"}, "not JSON"),
+        (R2E_GYM | {"expected_output_json": {"test_a": 1}}, "must map test names"),
+        (PLAIN_R2E | {"expected_output_json": "[1]"}, "mapping of test names"),
+        (PLAIN_R2E | {"expected_output_json": {"test_a": 1}}, "can't be read"),
     ],
 )
 def test_what_cant_be_graded_is_refused_with_its_reason(tmp_path: Path, row: dict[str, Any], words: str) -> None:
@@ -182,6 +190,48 @@ async def test_an_r2e_row_is_judged_by_its_expected_statuses(tmp_path: Path) -> 
     verdict = await grade_locally(task, new_file("notes.txt", "All is well."))
     assert verdict.failed == ("test_three",)
     assert not (await grade_locally(task, BUG)).resolved
+
+
+DOCTESTED = 'def double(x):\n    """\n    >>> double(3)\n    6\n    """\n    return x {} 2\n'
+
+
+@pytest.mark.usefixtures("local_sandboxes")
+async def test_a_doctests_file_is_the_agents_to_see_and_to_mend(tmp_path: Path) -> None:
+    fixed, broken = ({"acme/core.py": DOCTESTED.format(sign)} for sign in "*+")
+    names = ["acme/core.py::core.double", *F2P]
+    row = SWE_SMITH | {"patch": make_patch(fixed, broken), "FAIL_TO_PASS": names, "PASS_TO_PASS": []}
+    files = {"/testbed/acme/core.py": fixed["acme/core.py"], "/testbed/tests/test_core.py": TESTS}
+    task = at_home(load_row(tmp_path, row), files, COMMIT)
+    task = replace(task, test_command="python -m pytest -q -p no:cacheprovider --doctest-modules")
+    async with started(LocalSandbox(sandbox_spec(task, for_agent=True))) as box:
+        seen = (await box.exec("ls acme tests; sed -i 's/x + 2/x * 2/' acme/core.py", timeout_s=30)).output
+        assert seen == "acme:\ncore.py\n\ntests:\n"
+        patch = await box.diff("HEAD")
+    for fix in (patch, task.patch.encode()):
+        verdict = await grade(task, fix, locally(task))
+        assert verdict.resolved, verdict.log
+    verdict = await grade_locally(task, new_file("notes.txt", "All is well."))
+    assert set(verdict.failed) == set(names)
+
+
+def test_expected_statuses_may_be_a_mapping_or_its_json(tmp_path: Path) -> None:
+    statuses = json.loads(R2E_GYM["expected_output_json"])
+    parquet.write_table(
+        pyarrow.Table.from_pylist(
+            [
+                R2E_GYM | {"expected_output_json": statuses},
+                R2E_GYM | {"expected_output_json": {"test_other": "PASSED"}, "commit_hash": "e" * 40},
+            ]
+        ),
+        tmp_path / "rows.parquet",
+    )
+    mapped, other = load_tasks(tmp_path / "rows.parquet")
+    assert mapped == load_row(tmp_path, R2E_GYM)
+    assert (other.fail_to_pass, other.pass_to_pass) == (("test_other",), ())
+    plain = load_row(tmp_path, PLAIN_R2E | {"expected_output_json": statuses})
+    assert SUITES["r2e"].verdicts(plain, b'{"passed": {"t.py::test_three": true}, "skipped": []}') == {
+        "test_three": True
+    }
 
 
 def test_a_row_may_be_read_as_its_columns_say(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 
 from thunder_rollout.errors import TaskError
-from thunder_rollout.tasks.suites import SUITES, check_gradable, patched_paths
+from thunder_rollout.tasks.patches import patched_paths
+from thunder_rollout.tasks.suites import SUITES, check_gradable
 from thunder_rollout.tasks.task import Task
 
 TEST_PATCH = "--- a/tests/admin/tests.py\n+++ b/tests/admin/tests.py\n--- /dev/null\n+++ b/tests/admin/data.json\n"
