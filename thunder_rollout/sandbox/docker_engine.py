@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -102,6 +102,18 @@ class DockerEngine:
                 raise
             raise SandboxFailed(f"sandbox: the Docker engine at {self.address} doesn't answer: {error}") from error
 
+    def map(self, function: Callable[[str], None], names: list[str]) -> Iterator[OSError | None]:
+        """Call it with each, several at a time: what each call raised. Blocking."""
+
+        def call(name: str) -> OSError | None:
+            try:
+                function(name)
+            except OSError as error:
+                return error
+            return None
+
+        return self._threads.map(call, names)
+
     async def written_bytes(self, containers: list[str]) -> dict[str, int]:
         """The size of the writable layer of each that runs, and is not paused."""
         filters = {"id": containers, "status": "running"}
@@ -190,12 +202,10 @@ def sweep_docker(docker_host: str | None, run: str | None, is_ours: Callable[[st
             except OSError as error:
                 refusals.append(error)
                 continue
-            for name in [one[key] for one in found if is_ours((one["Labels"] or {}).get(SESSION_LABEL, ""))]:
-                try:
-                    remove(name)
-                    num_removed += 1
-                except OSError as error:
-                    refusals.append(error)
+            names = [one[key] for one in found if is_ours((one["Labels"] or {}).get(SESSION_LABEL, ""))]
+            refused = [error for error in engine.map(remove, names) if error is not None]
+            num_removed += len(names) - len(refused)
+            refusals += refused
     finally:
         engine.close()
     if refusals:
