@@ -1,7 +1,8 @@
 """What a patch may try on its grader, each with the ending it must have: reward 0, or the verdict that
 the fix alone deserves. To be used together with `attacks`, and like it.
 
-Never an infrastructure failure: a patch can't choose to be judged anew.
+Never an infrastructure failure: what is tried here doesn't get a patch judged anew. (A sandbox that fails with the
+patch is tried once more, to tell the patch's fault from the machinery's.)
 """
 
 from __future__ import annotations

@@ -50,9 +50,10 @@ class EpisodeSettings:
     grading_attempts: int = 1  # a finished episode is not thrown away for one grader's failure
 
     def spec(self, program: str, task: Task, *, for_agent: bool = False) -> SandboxSpec:
-        """Of the sandbox in which the task is worked on, or of the grader's."""
+        """Of the sandbox in which the task is worked on, or of the grader's, which keeps a longer output: the log."""
         labels = {"run": self.run, "program": program, "task": task.instance_id}
-        return sandbox_spec(task, for_agent=for_agent, limits=self.limits, labels=labels)
+        limits = self.limits if for_agent else replace(self.limits, output_bytes=self.grading.log_bytes)
+        return sandbox_spec(task, for_agent=for_agent, limits=limits, labels=labels)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -65,7 +65,7 @@ class LocalSandbox(ShellSandbox):
         self._cgroup = cgroups.create(run, f"{cgroups.safe_name(session).replace('-', '_')}-{self._name}", limits)
         reader, self._control = os.pipe()
         os.set_blocking(self._control, False)
-        skeleton = open_skeleton()
+        skeleton = open_skeleton(self.spec.hidden_modules)
         try:
             self._process = await asyncio.create_subprocess_exec(
                 *start_argv(limits, skeleton=skeleton, procs_files=self._procs_files(), marker=_marker(run, session)),

@@ -21,6 +21,7 @@ from pathlib import Path
 from shlex import quote
 
 from thunder_rollout.sandbox.gitdiff import SCRATCH
+from thunder_rollout.sandbox.installed import installed_copies
 from thunder_rollout.sandbox.protocol import SandboxLimits
 from thunder_rollout.sandbox.shell import INIT_SCRIPT
 from thunder_rollout.sandbox.variables import common_variables
@@ -68,10 +69,11 @@ _BASH = ("bash", "--norc", "-c")
 _PLACE = 'IFS=:; for procs in $1; do echo $$ > "$procs"; done; shift; exec "$@"'
 
 
-def open_skeleton() -> int:
-    """What a new root holds before anything is mounted, as a tar archive in memory; a file descriptor to close."""
+def open_skeleton(hidden_modules: tuple[str, ...] = ()) -> int:
+    """What a new root holds before anything is mounted, as a tar archive in memory; a file descriptor to close.
+    Of `hidden_modules` no installed copy is seen."""
     descriptor = os.memfd_create("thunder-skeleton")
-    os.write(descriptor, _skeleton(_owner()))
+    os.write(descriptor, _skeleton(_owner(), hidden_modules))
     return descriptor
 
 
@@ -127,10 +129,10 @@ cd {_STAGE}
 """
 
 
-def _skeleton(owner: int) -> bytes:
+def _skeleton(owner: int, hidden_modules: tuple[str, ...]) -> bytes:
     """The folders, files and links of a new root, with the table of its mounts; `owner` is the sandbox's root."""
     binds = _binds()
-    table = _mount_table(owner, binds)
+    table = _mount_table(owner, binds, [*_own_package(binds), *installed_copies(hidden_modules, tuple(binds))])
     links = {path.lstrip("/"): os.readlink(path) for path in _PROGRAMS if os.path.islink(path)} | _LINKS
     folders = [*_FOLDERS, *(str(path).lstrip("/") for path in binds if path.is_dir())]
     files = [str(path).lstrip("/") for path in binds if not path.is_dir()] + [f"dev/{name}" for name in _DEVICES]
@@ -157,13 +159,14 @@ def _skeleton(owner: int) -> bytes:
     return target.getvalue()
 
 
-def _mount_table(owner: int, binds: list[Path]) -> str:
+def _mount_table(owner: int, binds: list[Path], hidden: list[Path]) -> str:
     """What is mounted over the skeleton, as fstab(5) has it; the scratch folder goes over the table itself."""
     scratch = f"size={SCRATCH_BYTES},mode=700,uid={owner},gid={owner}"
     lines = [
         ("thunder", SCRATCH, "tmpfs", scratch),
         *((str(path), str(path), "none", _bind_options(path)) for path in binds),
-        *(("thunder", str(path), "tmpfs", "ro,size=4k,mode=555") for path in _hidden_folders(binds)),
+        *(("thunder", str(path), "tmpfs", "ro,size=4k,mode=555") for path in hidden if path.is_dir()),
+        *(("/dev/null", str(path), "none", "bind") for path in hidden if not path.is_dir()),
         *((f"/dev/{name}", f"/dev/{name}", "none", "bind") for name in _DEVICES),
     ]
     return "".join(
@@ -214,7 +217,7 @@ def _interpreter_folders() -> list[Path]:
     return [path for path in hidden if not any(other != path and path.is_relative_to(other) for other in hidden)]
 
 
-def _hidden_folders(binds: list[Path]) -> list[Path]:
+def _own_package(binds: list[Path]) -> list[Path]:
     """This package, where it is installed beside the interpreter: it can make the toy tasks' answers."""
     return [_OWN_PACKAGE] if any(_OWN_PACKAGE.is_relative_to(path) for path in binds) else []
 

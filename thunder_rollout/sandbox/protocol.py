@@ -33,7 +33,8 @@ class SandboxSpec:
     command, runs once as root in `/`. `workdir` is where commands run; it must exist after setup.
     With a `base_commit`, the repository there then loses all but that commit and its past (see
     `gitscrub`): no later commit, remote, reflog, stash or unreferenced object is left to read an
-    answer from. Changes that the image came with are one commit on top of it.
+    answer from. Changes that the image came with are one commit on top of it. `hidden_modules` (top-level
+    names) are the task's own, of which `local`, which shows the host's installed packages, shows no other copy.
     `labels` mark everything the sandbox owns (run, program, task).
     """
 
@@ -43,6 +44,7 @@ class SandboxSpec:
     setup: str = ""
     setup_timeout_s: float = 120.0
     base_commit: str = ""
+    hidden_modules: tuple[str, ...] = ()
     env: dict[str, str] = field(default_factory=dict)
     limits: SandboxLimits = field(default_factory=SandboxLimits)
     labels: dict[str, str] = field(default_factory=dict)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import PurePosixPath
 
 from thunder_rollout.sandbox.protocol import Sandbox, SandboxLimits, SandboxSpec
 from thunder_rollout.tasks.repository import one_commit
 from thunder_rollout.tasks.task import Task
+
+_NO_MODULES = {"conftest", "docs", "setup", "test", "tests"}
 
 
 def sandbox_spec(
@@ -28,9 +30,18 @@ def sandbox_spec(
         setup="\n".join(part for part in ("set -e" if hide else "", task.setup, hide) if part),
         env=task.env,
         base_commit=task.base_commit,
+        hidden_modules=top_modules(path.removeprefix(f"{task.workdir}/") for path in task.files),
         limits=limits or SandboxLimits(),
         labels=labels or {},
     )
+
+
+def top_modules(paths: Iterable[str]) -> tuple[str, ...]:
+    """What can be imported from a repository with these files, at its top or in `src`."""
+    inside = [PurePosixPath(path.removeprefix("src/")) for path in paths if not path.startswith("/")]
+    packages = {path.parts[0] for path in inside if path.parts[1:] == ("__init__.py",)}
+    modules = {path.stem for path in inside if len(path.parts) == 1 and path.suffix == ".py"}
+    return tuple(sorted((packages | modules) - _NO_MODULES))
 
 
 @asynccontextmanager

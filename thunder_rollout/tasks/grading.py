@@ -56,9 +56,10 @@ _MAX_REPORT_BYTES = 64 * 1024**2
 class GradingConfig:
     test_timeout_s: float = 300.0  # beyond it the tests count as failed by the patch
     step_timeout_s: float = 60.0  # each of the grader's own commands; beyond it grading failed
+    log_bytes: int = 1024**2  # of the tests' output; beyond it the log is cut in its middle
 
     def __post_init__(self) -> None:
-        for name in ("test_timeout_s", "step_timeout_s"):
+        for name in ("test_timeout_s", "step_timeout_s", "log_bytes"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"grading.{name}={getattr(self, name)!r}: must be > 0")
 
@@ -66,7 +67,8 @@ class GradingConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grade:
     """`passed` and `failed` are the task's FAIL_TO_PASS and PASS_TO_PASS tests; both are empty
-    where no test ran. `reason` says in a few words why; `log` is the tests' output."""
+    where no test ran. `reason` says in a few words why; `log` is the tests' output, as much of it as the
+    sandbox's `limits.output_bytes` let through."""
 
     resolved: bool
     reward: float

@@ -168,6 +168,14 @@ async def test_changes_that_are_no_patch_are_the_agents_failure(
     assert "can't be taken as a patch" in row["grade_reason"]
 
 
+async def test_the_graders_log_is_longer_than_an_observation(host: SandboxHost, tmp_path: Path) -> None:
+    source = next(line[6:] for line in TASK.patch.splitlines() if line.startswith("+++ b/"))
+    loud = [command(f"echo 'print(\"loud\" * 10000, flush=True); 1 / 0' >> {source}")]
+    _, store, *_ = await play(host, tmp_path, loud, max_turns=1)
+    (row,) = store.read_columns(["grade_log"])
+    assert "cut" not in row["grade_log"] and len(row["grade_log"]) > 40_000
+
+
 def graded_in_s(store: RunStore) -> float:
     (row,) = store.read_columns(["grade_s"])
     return float(row["grade_s"])

@@ -87,6 +87,21 @@ async def test_this_package_is_hidden_where_it_is_installed(make: MakeSandbox, m
         assert "loader.py" not in output and "no attribute 'load'" in output
 
 
+async def test_of_hidden_modules_no_installed_copy_is_seen_and_the_tasks_own_works(make: MakeSandbox) -> None:
+    places = [f"{prefix}/lib/python3*" for prefix in dict.fromkeys((sys.prefix, sys.base_prefix, "/usr"))]
+    named = r"\( -path '*/packaging/tags.py' -o -name 'pip-*.whl' \)"
+    seek = f"find {' '.join(places)} /usr/share/python-wheels {named} 2>/dev/null"
+    own = "mkdir packaging; echo 'mine = 1' > packaging/__init__.py; python -c 'import packaging as p; print(p.mine)'"
+    async with started(make) as box:
+        assert "/site-packages/packaging/tags.py" in (await box.exec(seek, timeout_s=60)).output
+    async with started(make, hidden_modules=("packaging", "pip")) as box:
+        assert (await box.exec(seek, timeout_s=60)).output == ""
+        assert (await box.exec("python -c 'import packaging.version'", timeout_s=30)).exit_code != 0
+        assert (await box.exec(own, timeout_s=30)).output == "1\n"
+    async with started(make, hidden_modules=("six", "sub")) as box:
+        assert (await box.exec("python -c 'import six; print(six.PY3)'", timeout_s=30)).exit_code != 0
+
+
 async def test_the_hosts_environment_does_not_leak(make: MakeSandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "s3cret")
     async with started(make) as box:

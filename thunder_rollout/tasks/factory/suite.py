@@ -7,6 +7,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 
 from thunder_rollout.sandbox.protocol import Sandbox, SandboxLimits, SandboxSpec
+from thunder_rollout.tasks.environment import top_modules
 from thunder_rollout.tasks.factory.package import SITE, WORKDIR, Package
 from thunder_rollout.tasks.report import BadReport, failures_by_test, passed_by_test
 
@@ -55,7 +56,12 @@ class SuiteRun:
 async def run_suite(place: Place, changed: Mapping[str, bytes], fresh: Fresh, timeout_s: float) -> SuiteRun:
     """The suite with some files `changed`. Raises `SandboxFailed`."""
     spec = SandboxSpec(
-        image=place.image, workdir=WORKDIR, files=place.files(changed), env=place.env, limits=place.limits
+        image=place.image,
+        workdir=WORKDIR,
+        files=place.files(changed),
+        env=place.env,
+        limits=place.limits,
+        hidden_modules=top_modules(place.package.files),
     )
     async with fresh(spec) as sandbox:
         command = f"{TEST_COMMAND} -o junit_family=xunit1 --junitxml={_REPORT} {' '.join(_roots(place.package))}"

@@ -17,7 +17,7 @@ from thunder_rollout.errors import TaskError
 from thunder_rollout.sandbox.fake import FakeSandbox
 from thunder_rollout.sandbox.local import LocalSandbox
 from thunder_rollout.sandbox.protocol import ExecResult, Sandbox, SandboxSpec
-from thunder_rollout.tasks.environment import sandbox_spec, started
+from thunder_rollout.tasks.environment import sandbox_spec, started, top_modules
 from thunder_rollout.tasks.factory.config import FactoryConfig
 from thunder_rollout.tasks.factory.factory import Progress, draw_bugs, make_tasks
 from thunder_rollout.tasks.factory.journal import Attempt, Journal
@@ -193,3 +193,16 @@ def test_a_statement_names_the_case_and_cuts_long_tests() -> None:
     assert "\ndef test_b(self, x):\n    assert make()\n    x0 = 0\n" in text and "\n    ...\n" in text
     assert "def make():\n    return SIZE\n" in text and "def other" not in text
     assert "import" not in text and "assert <object at 0x...> == 1" in text
+
+
+def test_a_task_of_an_installed_package_shows_no_other_copy_of_it(tmp_path: Path) -> None:
+    place, _ = configured(tmp_path)
+    assert top_modules(place.package.files) == ("tiny",)
+    modules = ("src/idna/__init__.py", "src/idna/core.py", "six.py", "tests/__init__.py", "setup.py")
+    files = dict.fromkeys([f"/testbed/{path}" for path in modules] + ["/opt/site/attr/__init__.py"], b"")
+    task = Task(
+        instance_id="a", repo="a", base_commit="", problem_statement="a", image="none", fail_to_pass=("t.py::a",),
+        files=files,
+    )  # fmt: skip
+    for for_agent in (True, False):
+        assert sandbox_spec(task, for_agent=for_agent).hidden_modules == ("idna", "six")
