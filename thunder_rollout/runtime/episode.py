@@ -110,7 +110,8 @@ class EpisodePlayer:
 
         def turn_ended(turn: TurnRecord) -> None:
             turns.append(turn)
-            if len(turns) >= self._likely_turns(loop.config.max_turns) - 1:
+            # Not before its own has its place: where a node takes no more, the grader's could be what it waits for.
+            if sandbox.started and len(turns) >= self._likely_turns(loop.config.max_turns) - 1:
                 grader.begin()
 
         async with open_model(spec) as model:

@@ -153,6 +153,12 @@ async def test_the_grader_starts_a_turn_before_half_of_the_episodes_ended(host: 
     assert engine.ended[1] < sandboxes.began[GRADER] < engine.ended[2]
 
 
+async def test_no_grader_starts_before_its_programs_own_sandbox(host: SandboxHost, tmp_path: Path) -> None:
+    texts = [b"no command<|im_end|>", command("ls"), command("ls"), command("submit")]
+    _, _, sandboxes, engine = await play(host, tmp_path, texts, max_turns=9, earlier_turns=(2, 2, 2, 2))
+    assert engine.ended[1] < sandboxes.began[GRADER] < engine.ended[2]
+
+
 async def test_a_grader_that_began_for_an_empty_patch_is_stopped(host: SandboxHost, tmp_path: Path) -> None:
     outcome, *_ = await play(host, tmp_path, [command("ls"), command("ls")], max_turns=2)
     assert outcome.reward == 0.0
