@@ -52,6 +52,16 @@ def wait_until(holds: Any, timeout_s: float = 60.0) -> None:
         time.sleep(0.05)
 
 
+def is_dead(actor: Any) -> bool:
+    try:
+        ray.get(actor.__ray_ready__.remote())
+    except ray.exceptions.ActorUnavailableError:
+        return False
+    except ray.exceptions.ActorDiedError:
+        return True
+    return False
+
+
 def test_thousands_of_held_requests_do_not_hold_the_releases_back(actors: list[Any]) -> None:
     router, server = make_router(actors, scheduler=CAPPED)
     assert ray.get(acquire(router, "first"))[0] == "a:1"
@@ -84,7 +94,11 @@ async def test_a_replica_on_an_actor_keeps_the_contract_of_replicas(actors: list
             await server.begin.remote(length)
         await server.__ray_call__.remote(lambda self: setattr(self.engine, "errored", broken))
 
-    await check_replica(port, become, lambda: ray.kill(server))
+    def die() -> None:
+        ray.kill(server)
+        wait_until(lambda: is_dead(server))  # until then it may answer, or be out of reach for now
+
+    await check_replica(port, become, die)
 
 
 @ray.remote(num_cpus=0)
