@@ -60,7 +60,7 @@ class RolloutConfig:
         if self.sandbox.limits.ttl_s <= self.agent.max_episode_s:
             raise ConfigError(
                 f"sandbox.limits.ttl_s={self.sandbox.limits.ttl_s:g}: must be above agent.max_episode_s="
-                f"{self.agent.max_episode_s:g}, or sandboxes end before their episodes"
+                f"{self.agent.max_episode_s:g}, which leaves out what an episode waits; many times that is right"
             )
 
 

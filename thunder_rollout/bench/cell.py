@@ -34,7 +34,8 @@ class CellResult:
     """One row of bench.json. Latency is from the turn's request to its last token, seconds; hits are shares of
     the prompts' tokens, `infinite_kv_hit_rate` what a cache that forgets nothing would give; `imbalance` is max
     - min over engines of the share of their KV in use, averaged over samples; `cost_shares` are the five terms
-    of the paper's cost as shares of capacity x time; waits are for admission, those still open included;
+    of the paper's cost as shares of capacity x time, `caching` as if a context was held during all of each tool call
+    (and `unused` what is left then); waits are for admission, those still open included;
     `driver_cpu_share` is of one core, for playing the programs; `drift_p95` is the 95th percentile, over samples and
     engines, of what the scheduler believed of an engine's cache and its report corrected, as a share of its KV."""
 

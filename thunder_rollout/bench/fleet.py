@@ -41,6 +41,10 @@ class Fleet:
     def capacities(self) -> dict[str, int]:
         return {name: info.capacity_tokens for name, info in self.infos.items()}
 
+    async def reset(self) -> None:
+        """Empty the caches. Asks the engines' cores: one that hangs does not answer."""
+        await asyncio.gather(*(engine.reset_prefix_cache() for engine in self.engines.values()))
+
 
 class FleetHolder:
     """`folder` takes the models' weights. `release` must be awaited at the end; it is idempotent."""
@@ -102,7 +106,7 @@ class FleetHolder:
 @contextlib.asynccontextmanager
 async def scheduler_for(plan: CellPlan, fleet: Fleet) -> AsyncIterator[tuple[RemoteScheduler, list[EngineSupervisor]]]:
     """A fresh scheduler actor that knows the fleet, whose caches are empty, and what watches its engines."""
-    await asyncio.gather(*(engine.reset_prefix_cache() for engine in fleet.engines.values()))
+    await fleet.reset()
     handle = create_scheduler_actor(plan.scheduler, trace_path=None, hosts=None)
     scheduler = RemoteScheduler(handle)
     try:

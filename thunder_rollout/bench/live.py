@@ -71,6 +71,7 @@ class _LiveMeasurer:
                             scheduler, fleet.engines, FolderWeights(path=str(fleet.folder)), version=version
                         ),
                     )
+                    await fleet.reset()  # one whose core hangs does not answer, and its row counts for nothing
                 if any(watcher.done() for watcher in watching) or any(one.num_restarts for one in supervisors):
                     raise EngineDied("an engine died while the cell was measured")
                 return row

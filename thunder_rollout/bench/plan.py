@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 
 from thunder_rollout import __version__
@@ -57,6 +58,10 @@ class CellPlan:
     def capacity_tokens(self) -> int:
         return sum(_capacity_tokens(engine) for engine in self.engines)
 
+    @property
+    def smallest_tokens(self) -> int:
+        return min(_capacity_tokens(engine) for engine in self.engines)
+
 
 def planned_cells(config: BenchConfig) -> list[CellPlan]:
     """Raises `ConfigError` where nothing is left of the plan, or a program can't fit an engine."""
@@ -70,12 +75,25 @@ def planned_cells(config: BenchConfig) -> list[CellPlan]:
         cells = [cell for entry in entries for cell in _repetition(entry, repetition, config)]
         for cell in cells if repetition % 2 == 0 else reversed(cells):
             found.setdefault(cell.key, cell)
+    _check_names(found)
     return list(found.values())
 
 
 def whole_plan(config: BenchConfig) -> set[CellKey]:
     """The kinds of cells of the plan, those included that `config` leaves out."""
     return {plan.key.kind for plan in planned_cells(replace(config, workloads=None, policies=None, loads=None))}
+
+
+def _check_names(keys: Iterable[CellKey]) -> None:
+    """Who reads the report must know by its columns which cell a line is."""
+    names = Counter((key.model, key.workload, key.load, key.policy, key.seed) for key in keys)
+    (name, number), *_ = names.most_common(1)
+    if number > 1:
+        model, workload, load, policy, seed = name
+        raise ConfigError(
+            f"plan.cells: {number} of them measure {policy} on {workload}, {model}, load {load:g}, seed {seed}, with "
+            "other settings; give each a workload of another name, or run them one after the other (runs_dir=...)"
+        )
 
 
 def _narrowed(cells: CellsConfig, config: BenchConfig) -> CellsConfig | None:

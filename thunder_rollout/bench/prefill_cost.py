@@ -63,8 +63,7 @@ def read_prefill_costs(folder: Path) -> list[PrefillCost]:
 async def measure_prefill_cost(plan: CellPlan, engines: Mapping[str, Engine], *, vocab_size: int) -> PrefillCost:
     context_tokens = round(mean_context_tokens(plan.workload))
     output_tokens = plan.workload.output_tokens
-    smallest = plan.capacity_tokens // len(plan.engines)
-    num_together = max(1, min(smallest // (context_tokens + output_tokens), plan.engines[0].max_num_seqs))
+    num_together = max(1, min(plan.smallest_tokens // (context_tokens + output_tokens), plan.engines[0].max_num_seqs))
     meters = [_Meter(name, engine, vocab_size, context_tokens) for name, engine in engines.items()]
     await asyncio.gather(*(meter.prefill_s() for meter in meters))  # the first one warms the engine up
     prefill = [await asyncio.gather(*(meter.prefill_s() for meter in meters)) for _ in range(_REPEATS)]

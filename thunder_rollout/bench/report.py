@@ -32,9 +32,9 @@ COST_TERMS = ("decode", "prefill", "recompute", "unused", "caching")
 _TABLE_WIDTH = 205
 _PREAMBLE = (
     "Means over repetitions with 95% intervals (Student's t); ratios are paired by seed. Costs are shares of "
-    "KV capacity x time; latency runs from a turn's request to its last token. Drift is what the scheduler believed of "
-    "an engine's cache and the engine's report corrected, as a share of its KV: mean (and most) of the windows' 95th "
-    "percentiles."
+    "KV capacity x time; caching is an upper bound, for contexts count as held during each tool call. Latency is from "
+    "a turn's request to its last token. Drift is what the scheduler believed of an engine's cache and the engine's "
+    "report corrected, as a share of its KV: mean (and most) of the windows' 95th percentiles."
 )
 _COLUMNS = (
     "load", "programs", "policy", "steps/min", f"{OURS} / it", "KV hits", "of infinite KV", "latency p50 / p95 s",

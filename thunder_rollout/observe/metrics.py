@@ -114,11 +114,11 @@ class RunMetrics:
 
     def _count_turn(self, event: TurnEnded) -> None:
         prompt_tokens = self._prompts.pop(event.grant, 0)
+        self.totals["output"] += event.output_tokens or 0  # of a turn that was cut what counts: it goes on from there
         if event.finish_reason in _COMPLETE:
             self.totals["turns"] += 1
             self.totals["prompt"] += prompt_tokens
             self.totals["cached"] += event.cached_tokens or 0
-            self.totals["output"] += event.output_tokens or 0
 
     def _count_decision(self, decision: Decision, now: float) -> None:
         match decision:

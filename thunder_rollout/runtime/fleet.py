@@ -110,7 +110,7 @@ class EngineFleet:
         member = self._members.pop(name, None)
         if member is None:
             raise ConfigError(f"no engine {name!r} is up; there are: {', '.join(sorted(self._members)) or 'none'}")
-        self._max_engines -= 1
+        self._max_engines = min(self._max_engines - 1, len(self._members))
         if member.watching is not None:
             member.watching.cancel()
         await self._down(name, member, "it leaves the run")

@@ -12,10 +12,19 @@ import logging
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from thunder_rollout.core.config import SchedulerConfig
-from thunder_rollout.core.decisions import Decision, Expire, Pause, PrepareSandbox, Reject, ReleaseSandbox, Restore
+from thunder_rollout.core.decisions import (
+    Decision,
+    Expire,
+    ExpiryReason,
+    Pause,
+    PrepareSandbox,
+    Reject,
+    ReleaseSandbox,
+    Restore,
+)
 from thunder_rollout.core.events import (
     BackendDown,
     BackendStats,
@@ -28,6 +37,8 @@ from thunder_rollout.core.events import (
     SandboxReady,
     SandboxStopped,
     Tick,
+    ToolEnded,
+    ToolStarted,
     TurnEnded,
     TurnRequested,
     Withdrawn,
@@ -53,6 +64,12 @@ class Grant:
     generation: int
     queue_s: float
     released: tuple[str, ...] = ()
+
+
+class _Waiter(NamedTuple):
+    program: str
+    future: asyncio.Future[Grant]
+    since_s: float
 
 
 class SandboxPort(Protocol):
@@ -91,7 +108,8 @@ class SchedulerService:
         self._clock = clock
         self._started_at = clock()
         self._metrics = RunMetrics()
-        self._waiting: dict[str, tuple[asyncio.Future[Grant], float]] = {}
+        self._waiting: dict[str, _Waiter] = {}  # by request
+        self._expired: dict[str, ExpiryReason] = {}  # programs that nobody closed since
         self._specs: dict[str, SandboxSpec] = {}
         self._owners: dict[str, str] = {}
         self._rest_after_s = rest_after_s
@@ -118,8 +136,8 @@ class SchedulerService:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._resting.clear()
-        for future, _ in self._waiting.values():
-            future.cancel()
+        for waiter in self._waiting.values():
+            waiter.future.cancel()
         if self._trace is not None:
             self._trace.close()
             self._trace = None
@@ -149,7 +167,7 @@ class SchedulerService:
         if self._no_engine is not None:
             raise EngineDied(self._no_engine)
         future: asyncio.Future[Grant] = asyncio.get_running_loop().create_future()
-        self._waiting[event.request] = (future, self._now())
+        self._waiting[event.request] = _Waiter(event.program, future, self._now())
         patience = asyncio.get_running_loop().call_later(self._rest_after_s, self._rest_sandbox, event.program)
         try:
             self.handle(event)
@@ -163,9 +181,12 @@ class SchedulerService:
             del self._waiting[event.request]
 
     def handle(self, event: Event) -> None:
-        """Feed one event to the scheduler and carry out what it decides."""
+        """Feed one event to the scheduler and carry out what it decides. Raises `Stale` for a tool call of a program
+        that expired meanwhile."""
         if self._broken is not None:
             raise self._broken
+        if isinstance(event, ToolStarted | ToolEnded) and (expired := self._expired.get(event.program)) is not None:
+            raise Stale(f"program={event.program} expired ({expired})")
         now = self._now()
         try:
             decisions = self._scheduler.handle(event, now)
@@ -183,6 +204,7 @@ class SchedulerService:
 
     def close(self, program: str, *, reason: str | None = None) -> None:
         """End a program and release all it holds; a program that never asked is only forgotten."""
+        self._expired.pop(program, None)
         try:
             self.handle(ProgramEnded(program=program, reason=reason))
         except BadEvent:
@@ -196,9 +218,14 @@ class SchedulerService:
             await self._a_loss.wait()
 
     def owner_died(self, owner: str) -> None:
-        """End every program that `owner` (a worker) ran."""
-        for program in [p for p, o in self._owners.items() if o == owner]:
-            self.close(program, reason=f"owner {owner} died")
+        """End every program that `owner` (a worker) ran; nobody else can take back what they wait for."""
+        reason = f"owner {owner} died"
+        programs = {program for program, its_owner in self._owners.items() if its_owner == owner}
+        for program in programs:
+            self.close(program, reason=reason)
+        for request, waiter in self._waiting.items():
+            if waiter.program in programs:
+                self._fail_waiter(request, Rejected(f"program={waiter.program}: {reason}"))
 
     def metrics(self) -> MetricsSnapshot:
         """Raises the error that broke the service, so that whoever watches it hears."""
@@ -231,7 +258,7 @@ class SchedulerService:
     def _carry_out(self, decision: Decision, now: float) -> None:
         match decision:
             case Restore(request=str(request), grant=int(grant), backend=backend, generation=generation):
-                future, since = self._waiting[request]
+                _, future, since = self._waiting[request]
                 if not future.done():
                     released = self._places.take_released(backend)
                     future.set_result(
@@ -248,6 +275,8 @@ class SchedulerService:
                 self.spawn(self._release(program))
             case Expire(program=program, reason=reason, requests=requests):
                 logger.warning("program=%s expired: %s", program, reason)
+                if program in self._owners:
+                    self._expired[program] = reason
                 for request in requests:
                     self._fail_waiter(request, Stale(f"program={program} has tokens of weights too old to go on from"))
             case Restore() | Pause():
@@ -331,7 +360,7 @@ class SchedulerService:
                 self._fail_waiter(request, EngineDied(self._no_engine))
 
     def _fail_waiter(self, request: str, error: ThunderError) -> None:
-        future = self._waiting[request][0]
+        future = self._waiting[request].future
         if not future.done():
             future.set_exception(error)
 

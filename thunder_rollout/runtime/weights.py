@@ -171,14 +171,19 @@ class WeightsFolder:
 
     def __init__(self, folder: str) -> None:
         self._folder = Path(folder).expanduser()
-        self._seen: str | None = None
+        self._passed: set[str] = set()  # returned, or older when another was
+        self._last = (0, "")
 
     def newest(self) -> tuple[FolderWeights, str] | None:
-        """A checkpoint that was not returned before, with its version."""
-        _, name = max(self._there(), default=(0, None))
-        if name is None or name == self._seen:
+        """A checkpoint newer than all that were returned before, with its version; who writes into an old one, or
+        removes it file by file, makes it no newer."""
+        there = set(self._there())
+        last = max((one for one in there if one[1] not in self._passed), default=self._last)
+        if last <= self._last:
             return None
-        self._seen = name
+        self._last = last
+        self._passed.update(name for _, name in there)
+        _, name = last
         return FolderWeights(path=str((self._folder / name).resolve())), name
 
     def _there(self) -> Iterator[tuple[int, str]]:

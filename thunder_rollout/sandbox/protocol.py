@@ -17,7 +17,7 @@ class SandboxLimits:
     pids: int = 256
     disk_bytes: int = 1024**3
     output_bytes: int = 16_384  # an observation beyond it is cut in its middle
-    ttl_s: float = 3600.0  # the sandbox ends by itself after this
+    ttl_s: float = 86_400.0  # it ends by itself then, whatever waits for it: the last resort where a reaper is dead too
 
     def on_node(self, num_cpus: int | None) -> SandboxLimits:
         """As a node of so many CPUs (None: nobody knows) can give them."""

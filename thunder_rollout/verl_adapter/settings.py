@@ -31,7 +31,8 @@ class SweSettings:
         if self.sandbox.limits.ttl_s <= self.agent.max_episode_s:
             raise ConfigError(
                 f"settings.sandbox.limits.ttl_s={self.sandbox.limits.ttl_s:g}: must be above "
-                f"settings.agent.max_episode_s={self.agent.max_episode_s:g}, or sandboxes end before their episodes"
+                f"settings.agent.max_episode_s={self.agent.max_episode_s:g}, which leaves out what an episode waits; "
+                "many times that is right"
             )
 
 

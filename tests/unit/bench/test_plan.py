@@ -56,6 +56,16 @@ def test_a_workload_that_no_engine_bears_is_refused(config):
         planned_cells(small)
 
 
+def test_cells_that_a_report_could_not_tell_apart_are_refused(config):
+    (entry, *_) = config.plan.cells
+    entry = replace(entry, policies=["capped"], loads=[4.0])
+    twice = replace(config, plan=replace(config.plan, cells=[entry, replace(entry, cap_share=0.7)]))
+    with pytest.raises(
+        ConfigError, match=r"plan\.cells: 2 of them measure capped on short_tools, qwen2_3m, load 4, seed 0"
+    ):
+        planned_cells(twice)
+
+
 def composed(*overrides: str) -> BenchConfig:
     return to_typed(BenchConfig, compose_config("bench", list(overrides)))
 

@@ -32,4 +32,6 @@ def test_prefill_and_decoding_are_compared_once_a_model(config: BenchConfig, tmp
     step_s = 8e-3 + 16 * (4e-4 + 975 * 5e-7)
     assert cost.decode_share_s == pytest.approx(29 * step_s / 16, rel=0.15)
     assert cost.ratio == cost.prefill_s / cost.decode_share_s
+    uneven = replace(plan, engines=(plan.engines[0], replace(plan.engines[1], kv_cache_tokens=8_192)))
+    assert uneven.smallest_tokens == 8_192
     assert replace(cost, prefill_s=2.0, decode_share_s=0.5).ratio == 4.0

@@ -52,6 +52,14 @@ def test_a_cut_turn_is_no_step():
     assert metrics.snapshot(IDLE, 10.0).num_turns == 0
 
 
+def test_what_a_turn_made_before_it_was_cut_is_output():
+    metrics = RunMetrics()
+    turn(metrics, 1, at=0.0, reason=FinishReason.ABORT)
+    turn(metrics, 2, at=2.0)
+    snapshot = metrics.snapshot(IDLE, 10.0)
+    assert (snapshot.num_turns, snapshot.output_tokens, snapshot.prompt_tokens) == (1, 20, 100)
+
+
 def test_tools_and_pauses_are_added_up():
     metrics = RunMetrics()
     metrics.observe(ToolStarted(program="p"), [Pause(program="p", backend="e")], 1.0)

@@ -203,6 +203,16 @@ def test_one_that_left_is_not_replaced_and_one_that_was_added_is() -> None:
     run_in_virtual_time(main())
 
 
+def test_none_joins_in_the_place_of_one_that_left_where_more_were_to_join_once_there_is_room() -> None:
+    async def main() -> None:
+        async with running(4, room=2) as shell:
+            await shell.fleet.remove("engine0", drain_s=1.0)
+            await asyncio.sleep(30.0)
+            assert shell.up() == ["engine1"]
+
+    run_in_virtual_time(main())
+
+
 def test_weights_that_the_first_engines_refuse_end_the_start() -> None:
     async def main() -> None:
         weights = Weights(mode=UpdateMode.KEEP, batch=None)

@@ -6,8 +6,17 @@ from dataclasses import replace
 import pytest
 
 from thunder_rollout.core.config import CappedConfig, SchedulerConfig
-from thunder_rollout.core.events import BackendDown, BackendStats, BackendUp, FinishReason, TurnEnded, TurnRequested
-from thunder_rollout.errors import BadEvent, EngineDied, Rejected, SandboxFailed, ThunderError
+from thunder_rollout.core.events import (
+    BackendDown,
+    BackendStats,
+    BackendUp,
+    FinishReason,
+    Tick,
+    ToolStarted,
+    TurnEnded,
+    TurnRequested,
+)
+from thunder_rollout.errors import BadEvent, EngineDied, Rejected, SandboxFailed, Stale, ThunderError
 from thunder_rollout.observe.trace import TraceWriter, read_trace
 from thunder_rollout.runtime.service import Grant, SchedulerService
 from thunder_rollout.sandbox.protocol import SandboxSpec
@@ -392,6 +401,33 @@ async def test_the_programs_of_a_dead_owner_end(make_service):
     await settle()
     service.owner_died("worker0")
     await waiting
+
+
+async def test_what_the_programs_of_a_dead_owner_wait_for_is_waited_for_no_longer(make_service):
+    service = await make_service()
+    service.open("a", owner="worker0")
+    service.open("b", owner="worker1")
+    await service.admit(ask("a"))
+    waiting = asyncio.create_task(service.admit(ask("b")))
+    await settle()
+    service.owner_died("worker1")
+    with pytest.raises(Rejected, match="worker1 died"):
+        await waiting
+    assert service.metrics().scheduler.num_waiting == 0
+
+
+async def test_a_program_whose_lease_ran_out_hears_so_when_it_acts_and_may_begin_anew(make_service):
+    service = await make_service(config=replace(ONE_AT_A_TIME, lease_s=0.01))
+    service.open("a")
+    grant = await service.admit(ask("a"))
+    await asyncio.sleep(0.02)
+    service.handle(Tick())
+    service.handle(TurnEnded(program="a", grant=grant.grant, output_tokens=5))
+    with pytest.raises(Stale, match=r"program=a expired \(lease\)"):
+        service.handle(ToolStarted(program="a", tool="bash"))
+    service.close("a")
+    with pytest.raises(BadEvent, match="unknown"):
+        service.handle(ToolStarted(program="a", tool="bash"))
 
 
 async def test_a_trace_replays_to_the_same_events_and_decisions(make_service, tmp_path):

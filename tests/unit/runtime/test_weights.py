@@ -334,6 +334,20 @@ def test_a_checkpoint_counts_once_it_is_renamed_into_place_and_the_newest_wins(t
     assert folder.newest() is None
 
 
+def test_a_checkpoint_that_others_came_after_is_no_newer_for_what_is_written_into_it_or_removed(tmp_path: Path) -> None:
+    folder = WeightsFolder(str(tmp_path))
+    for number, name in enumerate(("step_1", "step_2", "step_3"), start=1):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (number, number))
+    assert folder.newest() == (FolderWeights(path=str(tmp_path / "step_3")), "step_3")
+    for name in ("step_2", "step_3", "step_1"):
+        (tmp_path / name / "results.json").touch()
+        assert folder.newest() is None
+    (tmp_path / "step_4").mkdir()
+    (tmp_path / "step_1" / "results.json").unlink()
+    assert folder.newest() == (FolderWeights(path=str(tmp_path / "step_4")), "step_4")
+
+
 def test_a_checkpoint_that_is_removed_while_it_is_looked_at_was_never_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
