@@ -21,7 +21,7 @@ bench: setup  ## compare the scheduling policies on two real CPU engines (25 min
 bench-full: setup  ## the same for all policies, workloads and model sizes, not each with each (3 h); goes on where it was stopped
 	$(VENV)/bin/thunder-rollout bench plan=full $(ARGS)
 
-bench-core: setup  ## CPU time of the scheduler's decisions: 10,000 programs on 512 backends (1 min)
+bench-core: setup  ## CPU time of the scheduler's decisions: 10,000 programs on 512 backends (half a minute)
 	$(VENV)/bin/thunder-rollout bench-core $(ARGS)
 
 test: setup  ## everything this machine can test: unit, docker, ray, vllm, verl

@@ -3,7 +3,7 @@
 set -xeuo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-PYTHON=${PYTHON:-python}
+PYTHON=${PYTHON:-$here/../../.venv/bin/python}
 CONFIG=${CONFIG:-$here/config.yaml}
 NUM_UNSEEN=${NUM_UNSEEN:-50}
 TEMPERATURE=${TEMPERATURE:-0}
