@@ -121,8 +121,8 @@ def write_csv(rows: Sequence[CellResult], path: Path) -> None:
 
 
 def markdown(found: Sequence[Summary], costs: Sequence[PrefillCost]) -> str:
-    """One table for each model and workload, and what the policies' ratios come to."""
-    lines = [_PREAMBLE, *_mixture(row for summary in found for row in summary.rows)]
+    """What the policies' ratios come to, then one table for each model and workload."""
+    lines = [_PREAMBLE, *_mixture(row for summary in found for row in summary.rows), "", *_overview(found)]
     for (model, workload), group in groupby(found, key=lambda s: (s.first.model, s.first.workload)):
         same = list(group)
         first = same[0].first
@@ -141,6 +141,22 @@ def markdown(found: Sequence[Summary], costs: Sequence[PrefillCost]) -> str:
     if costs:
         lines += ["", "### What a lost cache costs", "", *map(_prefill_line, costs)]
     return "\n".join(lines) + "\n"
+
+
+def _overview(found: Sequence[Summary]) -> list[str]:
+    """A line for each model, workload and load: `adaptive`, and how many times another policy's steps it does."""
+    others = list(dict.fromkeys(summary.first.policy for summary in found if summary.first.policy != OURS))
+    columns = ["workload", "model", "load", f"{OURS}, steps/min", *(f"/ {policy}" for policy in others)]
+    lines = [f"| {' | '.join([*columns, 'KV hits of infinite KV'])} |", f"|{'---|' * (len(columns) + 1)}"]
+    for (model, workload, load), group in groupby(found, key=lambda s: (s.first.model, s.first.workload, s.first.load)):
+        by_policy = {summary.first.policy: summary for summary in group}
+        if (ours := by_policy.get(OURS)) is None:
+            continue
+        overs = [by_policy[policy].over if policy in by_policy else None for policy in others]
+        ratios = [str(over) if over is not None else "" for over in overs]
+        cells = [f"`{workload}`", model, f"{load:g}", ours.steps_per_min.text(0), *ratios, f"{ours.of_infinite_kv:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def print_table(found: Sequence[Summary], console: Console | None = None) -> None:

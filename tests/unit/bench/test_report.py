@@ -72,6 +72,9 @@ def test_the_report_can_be_quoted(tmp_path: Path):
     out = StringIO()
     write_report(tmp_path, console=Console(file=out))
     text = (tmp_path / "report.md").read_text()
+    assert "| workload | model | load | adaptive, steps/min | / thunder | / capped | KV hits of infinite KV |" in text
+    assert "| `short_tools` | qwen2_3m | 4 | 315 ± 37 | 1.05 ± 0.12 | 1.20 | 0.95 |" in text
+    assert "| `groups` | qwen2_3m | 0.5 | 100 |  |  | 0.95 |" in text
     assert "### short_tools, qwen2_3m" in text
     assert "| 4 | 129 | thunder | 300 ± 0 | 1.05 ± 0.12 |" in text
     assert "| 4 | 129 | capped (18) | 250 | 1.20 |" in text
