@@ -31,7 +31,7 @@ test-unit: setup  ## the quick ones, without Ray, vLLM or Docker: a minute or tw
 	@$(VENV)/bin/python -m pytest tests/unit -m "not slow" $(ARGS)
 
 coverage: setup  ## branch coverage of the core by its own unit tests
-	@$(VENV)/bin/python -m pytest tests/unit/core -q --cov --cov-report=term
+	@$(VENV)/bin/python -m pytest tests/unit/core -q -m "not slow" --cov --cov-report=term
 
 lint: setup  ## ruff, mypy, import contracts
 	$(VENV)/bin/ruff check .

@@ -48,11 +48,12 @@ def args(model):
         "agent.max_turn_tokens=32",
         "ray.num_cpus=4",
         "observe.log_every_s=1",
+        "observe.wandb.mode=disabled",
     ]
 
 
 def test_a_run_leaves_a_whole_run_folder(args, tmp_path):
-    code, output = cli.run(tmp_path, *args)
+    code, output = cli.run(tmp_path, *args, "observe.wandb.mode=auto")
     assert code == 0, output
     folder = tmp_path / "runs" / "latest"
     assert cli.summary(folder).keys() >= KEYS

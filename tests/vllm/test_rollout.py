@@ -25,7 +25,7 @@ def policy() -> str:
 
 
 def args(policy: str, *more: str) -> list[str]:
-    return ["rollout", f"engine.model={policy}", "observe.log_every_s=2", *more]
+    return ["rollout", f"engine.model={policy}", "observe.log_every_s=2", "observe.wandb.mode=disabled", *more]
 
 
 @pytest.mark.timeout(900)
