@@ -91,6 +91,7 @@ class BackendAccount:
     mean_turn_s: float = 0.0  # of wall time
     points: tuple[float, ...] = ()  # growth in tokens at which `curve` looks ahead
     curve: list[float] = field(default_factory=list)  # tokens expected in use as its programs grow and leave
+    num_left: list[float] = field(default_factory=list)  # so many of them are expected to be there still
     num_curves: int = 0  # programs in it
     ended: deque[tuple[float, str]] = field(default_factory=deque)  # turns that ended of late: when, whose
     drift_tokens: int | None = None  # what its last report of its cache corrected
