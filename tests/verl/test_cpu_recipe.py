@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -63,7 +64,10 @@ def test_the_sampler_is_verls_with_another_pause(config) -> None:
 
 
 def test_the_recipe_names_the_tested_verl() -> None:
-    assert (RECIPE / "REQUIRED_VERL.txt").read_text().split() == [f"verl=={version}" for version in TESTED_VERSIONS]
+    """And TransferQueue, which verl's own extras alone would bring."""
+    named = (RECIPE / "REQUIRED_VERL.txt").read_text().split()
+    assert named[:-1] == [f"verl=={version}" for version in TESTED_VERSIONS]
+    assert named[-1] == f"TransferQueue=={importlib.metadata.version('TransferQueue')}"
 
 
 def test_curves_are_drawn_from_verls_metrics(tmp_path: Path) -> None:
