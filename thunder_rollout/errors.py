@@ -86,6 +86,12 @@ class Stale(InfrastructureFailure):
     kind = "stale"
 
 
+class LeaseExpired(InfrastructureFailure):
+    """The scheduler heard nothing of a program for `scheduler.lease_s` and gave its place and sandbox away."""
+
+    kind = "lease_expired"
+
+
 class SandboxFailed(InfrastructureFailure):
     """A sandbox could not start, or died under its program."""
 

@@ -106,7 +106,8 @@ class EngineFleet:
         return name
 
     async def remove(self, name: str, *, drain_s: float) -> None:
-        """Let an engine leave, and none join in its place. Raises `ConfigError` for an unknown one."""
+        """Let an engine leave, and none join in its place, nor any that was still to join. Raises `ConfigError` for
+        an unknown one."""
         member = self._members.pop(name, None)
         if member is None:
             raise ConfigError(f"no engine {name!r} is up; there are: {', '.join(sorted(self._members)) or 'none'}")

@@ -44,7 +44,15 @@ from thunder_rollout.core.events import (
     Withdrawn,
 )
 from thunder_rollout.core.scheduler import Scheduler
-from thunder_rollout.errors import BadEvent, EngineDied, InfrastructureFailure, Rejected, Stale, ThunderError
+from thunder_rollout.errors import (
+    BadEvent,
+    EngineDied,
+    InfrastructureFailure,
+    LeaseExpired,
+    Rejected,
+    Stale,
+    ThunderError,
+)
 from thunder_rollout.observe.metrics import MetricsSnapshot, RunMetrics
 from thunder_rollout.observe.trace import TraceWriter
 from thunder_rollout.runtime.places import Places
@@ -109,7 +117,7 @@ class SchedulerService:
         self._started_at = clock()
         self._metrics = RunMetrics()
         self._waiting: dict[str, _Waiter] = {}  # by request
-        self._expired: dict[str, ExpiryReason] = {}  # programs that nobody closed since
+        self._silent: set[str] = set()  # programs whose lease ran out, and that nobody closed since
         self._specs: dict[str, SandboxSpec] = {}
         self._owners: dict[str, str] = {}
         self._rest_after_s = rest_after_s
@@ -181,12 +189,15 @@ class SchedulerService:
             del self._waiting[event.request]
 
     def handle(self, event: Event) -> None:
-        """Feed one event to the scheduler and carry out what it decides. Raises `Stale` for a tool call of a program
-        that expired meanwhile."""
+        """Feed one event to the scheduler and carry out what it decides. Raises `LeaseExpired` for a program that
+        was given up meanwhile and goes on; a turn of it may still end."""
         if self._broken is not None:
             raise self._broken
-        if isinstance(event, ToolStarted | ToolEnded) and (expired := self._expired.get(event.program)) is not None:
-            raise Stale(f"program={event.program} expired ({expired})")
+        if isinstance(event, TurnRequested | ToolStarted | ToolEnded) and event.program in self._silent:
+            raise LeaseExpired(
+                f"program={event.program} was silent for scheduler.lease_s={self._config.lease_s:g}; "
+                "raise it above the longest turn and tool call"
+            )
         now = self._now()
         try:
             decisions = self._scheduler.handle(event, now)
@@ -204,7 +215,7 @@ class SchedulerService:
 
     def close(self, program: str, *, reason: str | None = None) -> None:
         """End a program and release all it holds; a program that never asked is only forgotten."""
-        self._expired.pop(program, None)
+        self._silent.discard(program)
         try:
             self.handle(ProgramEnded(program=program, reason=reason))
         except BadEvent:
@@ -275,8 +286,8 @@ class SchedulerService:
                 self.spawn(self._release(program))
             case Expire(program=program, reason=reason, requests=requests):
                 logger.warning("program=%s expired: %s", program, reason)
-                if program in self._owners:
-                    self._expired[program] = reason
+                if reason is ExpiryReason.LEASE and program in self._owners:
+                    self._silent.add(program)
                 for request in requests:
                     self._fail_waiter(request, Stale(f"program={program} has tokens of weights too old to go on from"))
             case Restore() | Pause():

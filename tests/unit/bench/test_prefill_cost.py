@@ -32,6 +32,17 @@ def test_prefill_and_decoding_are_compared_once_a_model(config: BenchConfig, tmp
     step_s = 8e-3 + 16 * (4e-4 + 975 * 5e-7)
     assert cost.decode_share_s == pytest.approx(29 * step_s / 16, rel=0.15)
     assert cost.ratio == cost.prefill_s / cost.decode_share_s
-    uneven = replace(plan, engines=(plan.engines[0], replace(plan.engines[1], kv_cache_tokens=8_192)))
-    assert uneven.smallest_tokens == 8_192
     assert replace(cost, prefill_s=2.0, decode_share_s=0.5).ratio == 4.0
+
+
+def test_all_turns_together_fit_the_smallest_engine(config: BenchConfig, tmp_path: Path):
+    even = planned_cells(config)[0]
+    plan = replace(even, engines=(even.engines[0], replace(even.engines[1], kv_cache_tokens=8_192)))
+
+    async def measure() -> None:
+        async with stage(plan) as (_, engines):
+            await PrefillCosts(tmp_path).measure(plan, engines, vocab_size=VOCAB_SIZE)
+
+    run_in_virtual_time(measure())
+    (cost,) = read_prefill_costs(tmp_path)
+    assert cost.num_together == 8_192 // 990

@@ -16,7 +16,7 @@ from thunder_rollout.core.events import (
     TurnEnded,
     TurnRequested,
 )
-from thunder_rollout.errors import BadEvent, EngineDied, Rejected, SandboxFailed, Stale, ThunderError
+from thunder_rollout.errors import BadEvent, EngineDied, LeaseExpired, Rejected, SandboxFailed, ThunderError
 from thunder_rollout.observe.trace import TraceWriter, read_trace
 from thunder_rollout.runtime.service import Grant, SchedulerService
 from thunder_rollout.sandbox.protocol import SandboxSpec
@@ -392,24 +392,26 @@ async def test_a_failed_preparation_does_not_end_the_scheduler(make_service):
     await waiting
 
 
-async def test_the_programs_of_a_dead_owner_end(make_service):
+@pytest.fixture
+async def two_owners(make_service) -> tuple[SchedulerService, asyncio.Task[Grant]]:
+    """A program of worker0 runs, and one of worker1 waits for its place."""
     service = await make_service()
     service.open("a", owner="worker0")
     service.open("b", owner="worker1")
     await service.admit(ask("a"))
     waiting = asyncio.create_task(service.admit(ask("b")))
     await settle()
+    return service, waiting
+
+
+async def test_the_programs_of_a_dead_owner_end(two_owners):
+    service, waiting = two_owners
     service.owner_died("worker0")
     await waiting
 
 
-async def test_what_the_programs_of_a_dead_owner_wait_for_is_waited_for_no_longer(make_service):
-    service = await make_service()
-    service.open("a", owner="worker0")
-    service.open("b", owner="worker1")
-    await service.admit(ask("a"))
-    waiting = asyncio.create_task(service.admit(ask("b")))
-    await settle()
+async def test_what_the_programs_of_a_dead_owner_wait_for_is_waited_for_no_longer(two_owners):
+    service, waiting = two_owners
     service.owner_died("worker1")
     with pytest.raises(Rejected, match="worker1 died"):
         await waiting
@@ -423,8 +425,10 @@ async def test_a_program_whose_lease_ran_out_hears_so_when_it_acts_and_may_begin
     await asyncio.sleep(0.02)
     service.handle(Tick())
     service.handle(TurnEnded(program="a", grant=grant.grant, output_tokens=5))
-    with pytest.raises(Stale, match=r"program=a expired \(lease\)"):
+    with pytest.raises(LeaseExpired, match=r"program=a was silent for scheduler\.lease_s=0\.01"):
         service.handle(ToolStarted(program="a", tool="bash"))
+    with pytest.raises(LeaseExpired):
+        await service.admit(ask("a", 1))
     service.close("a")
     with pytest.raises(BadEvent, match="unknown"):
         service.handle(ToolStarted(program="a", tool="bash"))

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from tests.support.tiny_package import FILES, write_distribution
+from thunder_rollout.config import compose_config
 from thunder_rollout.errors import ConfigError
 from thunder_rollout.tasks.factory import package as module
 from thunder_rollout.tasks.factory.config import FactoryConfig
+from thunder_rollout.tasks.factory.operators import OPERATORS
 from thunder_rollout.tasks.factory.package import Package, load_package
 
 
@@ -85,3 +87,7 @@ def test_requirements_lie_beside_the_package(tmp_path: Path, monkeypatch: pytest
 def test_an_impossible_setting_is_named(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         FactoryConfig(**{"package": "tiny", "version": "1", **settings})
+
+
+def test_the_configuration_names_every_operator() -> None:
+    assert list(compose_config("make_tasks", []).operators) == list(OPERATORS)

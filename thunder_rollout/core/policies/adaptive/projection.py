@@ -51,7 +51,7 @@ class Projection:
         joining = self._growth.curve(program.kind, context_tokens, backend.points)
         shared = max(0.0, backend.curve[0] - unique_tokens - backend.private_tokens)
         shared_each = shared / backend.num_curves if backend.num_curves else 0.0
-        own = min(1.0, added / max(1, context_tokens)) * context_tokens
+        own = min(added, context_tokens)
         return max(
             [
                 bound - shared_each * num_left + tokens * (own + point) / (context_tokens + point)
